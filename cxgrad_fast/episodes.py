@@ -1,0 +1,174 @@
+"""Episodes, a batch of tasks, and EpisodeSampler, which draws them from an ImagePool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cxgrad_fast.config import Config, InputError
+from cxgrad_fast.data.pool import ImagePool
+
+SPLITS = ("train", "val", "test")
+
+# channel means and standard deviations of images in [0, 1]
+_NORMALIZATION = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar": ((0.5071, 0.4847, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """A batch of ``T`` tasks; the images are already in the network's units.
+
+    Attributes:
+        support_x: ``[T, N*K, C, H, W]`` floating point.
+        support_y: ``[T, N*K]`` integer labels in ``[0, N)``.
+        query_x: ``[T, N*Q, C, H, W]``.
+        query_y: ``[T, N*Q]``.
+
+    The sets may have any number of images a class; only the tensors' shapes must agree.
+
+    Raises:
+        ValueError: a tensor whose shape or dtype does not fit the others (name, expected, got).
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def __post_init__(self) -> None:
+        if self.support_x.ndim != 5:
+            raise ValueError(f"support_x must be [T, images, C, H, W], got {list(self.support_x.shape)}")
+        tasks, _, *image = self.support_x.shape
+        for name in ("support", "query"):
+            x, y = getattr(self, f"{name}_x"), getattr(self, f"{name}_y")
+            wanted = [tasks, "images", *image]
+            if x.ndim != 5 or x.shape[0] != tasks or list(x.shape[2:]) != image:
+                raise ValueError(f"{name}_x must be {wanted} to fit support_x, got {list(x.shape)}")
+            if not x.is_floating_point():
+                raise ValueError(f"{name}_x must be floating point, in the network's units, got {x.dtype}")
+            if list(y.shape) != list(x.shape[:2]):
+                raise ValueError(f"{name}_y must be {list(x.shape[:2])} to fit {name}_x, got {list(y.shape)}")
+            if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+                raise ValueError(f"{name}_y must hold integers, got {y.dtype}")
+
+    def __len__(self) -> int:
+        """The number of tasks, ``T``."""
+        return self.support_x.shape[0]
+
+    def __getitem__(self, tasks: slice) -> Episodes:
+        """The tasks of a slice, as views."""
+        return Episodes(self.support_x[tasks], self.support_y[tasks], self.query_x[tasks], self.query_y[tasks])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Episodes:
+        """The same tasks on another device, the images in another floating-point type."""
+        return Episodes(
+            self.support_x.to(device, dtype),
+            self.support_y.to(device),
+            self.query_x.to(device, dtype),
+            self.query_y.to(device),
+        )
+
+
+class EpisodeSampler:
+    """Draws the episodes of one split; task ``i`` depends on (seed, split, i) alone.
+
+    Any task can therefore be drawn again, by any process, in any order, to the bit.
+
+    Args:
+        pool: the images, on the device where episodes are wanted.
+        config: reads ``task``, ``model.channels``, ``data.sampler``, ``data.normalize`` and ``run.seed``.
+        dtype: of the images.
+
+    ``data.sampler = counter`` takes its numbers from the raw Philox stream keyed by (seed, split, i), which numpy
+    guarantees never to change; ``released`` repeats the released program's draws (its classes and images for its
+    seeds, when the files are listed in sorted order; there, training and validation share one base seed and the test
+    tasks are the validation seed's).
+
+    Raises:
+        InputError: fewer classes than ways, or a class with fewer images than shots + queries (named).
+    """
+
+    def __init__(self, pool: ImagePool, config: Config, dtype: torch.dtype = torch.float32) -> None:
+        task = config.task
+        sizes = pool.class_sizes.tolist()
+        if len(sizes) < task.ways:
+            raise InputError(
+                f"task.ways (={task.ways}) is more than the {len(sizes)} classes of {pool.source}, split '{pool.split}'"
+            )
+        needed = task.shots + task.queries
+        for name, size in zip(pool.class_names, sizes, strict=True):
+            if size < needed:
+                raise InputError(
+                    f"class '{name}' of {pool.source}, split '{pool.split}', has {size} images; "
+                    f"task.shots + task.queries (={task.shots} + {task.queries}) needs {needed}"
+                )
+        self.pool, self.dtype, self._task = pool, dtype, task
+        self._sizes = np.array(sizes)
+        self._first = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
+        self._channels = config.model.channels
+        self._seed = config.run.seed
+        self._draw = self._draw_released if config.data.sampler == "released" else self._draw_counter
+        self._normalization: tuple[Tensor, Tensor] | None = None
+        if config.data.normalize != "none":
+            mean, std = _NORMALIZATION[config.data.normalize]
+            device = pool.images.device
+            self._normalization = (
+                torch.tensor(mean, dtype=dtype, device=device).view(3, 1, 1),
+                torch.tensor(std, dtype=dtype, device=device).view(3, 1, 1),
+            )
+
+    def indices(self, start: int, count: int) -> np.ndarray:
+        """Rows of the pool for tasks ``start .. start + count - 1``: ``[count, N, K + Q]`` int64."""
+        task = self._task
+        rows = np.empty((count, task.ways, task.shots + task.queries), dtype=np.int64)
+        for i in range(count):
+            rows[i] = self._draw(start + i)
+        return rows
+
+    def sample(self, start: int, count: int) -> Episodes:
+        """Tasks ``start .. start + count - 1``; label = position of the class in the draw; images class by class."""
+        task, device = self._task, self.pool.images.device
+        rows = torch.from_numpy(self.indices(start, count)).to(device)
+        sets = []
+        for part in (rows[:, :, : task.shots], rows[:, :, task.shots :]):
+            labels = torch.arange(task.ways, device=device).repeat_interleave(part.shape[2]).expand(count, -1)
+            sets += [self._gather(part.flatten(1)), labels.contiguous()]
+        return Episodes(*sets)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """``[T, S]`` pool rows -> ``[T, S, C, H, W]`` images in the network's units."""
+        images = self.pool.images[rows].permute(0, 1, 4, 2, 3).to(self.dtype, memory_format=torch.contiguous_format)
+        images = images.div_(255)
+        if self._normalization is not None:
+            mean, std = self._normalization
+            images = images.sub_(mean).div_(std)
+        return images.mean(2, keepdim=True) if self._channels == 1 else images
+
+    def _draw_counter(self, index: int) -> np.ndarray:
+        task = self._task
+        key = [self._seed, SPLITS.index(self.pool.split), index]
+        stream = np.random.Philox(np.random.SeedSequence(key))
+        classes = np.argsort(stream.random_raw(len(self._sizes)), kind="stable")[: task.ways]
+        picks = [
+            self._first[c] + np.argsort(stream.random_raw(self._sizes[c]), kind="stable")[: task.shots + task.queries]
+            for c in classes
+        ]
+        return np.stack(picks)
+
+    def _draw_released(self, index: int) -> np.ndarray:
+        task = self._task
+        base = np.random.RandomState(self._seed).randint(1, 999999)  # train_seed = val_seed = 0 in its settings
+        rng = np.random.RandomState(base + index)
+        classes = rng.choice(len(self._sizes), size=task.ways, replace=False)
+        rng.shuffle(classes)
+        rng.randint(0, 4, size=task.ways)  # rotations, drawn there and never used
+        picks = [
+            self._first[c] + rng.choice(self._sizes[c], size=task.shots + task.queries, replace=False) for c in classes
+        ]
+        return np.stack(picks)
