@@ -1,0 +1,7 @@
+"""Exact, fast meta-training of MAML-type few-shot learners."""
+
+from cxgrad_fast.config import Config, InputError, preset
+from cxgrad_fast.episodes import Episodes, EpisodeSampler
+from cxgrad_fast.learner import Learner
+
+__all__ = ["Config", "EpisodeSampler", "Episodes", "InputError", "Learner", "preset"]

@@ -1,0 +1,22 @@
+"""The fused operators: the only door to them.
+
+Everything here takes task-batched tensors, task first, and is differentiable twice (the PyTorch references: any number
+of times). Which backend computes is decided in :mod:`cxgrad_fast.kernels.backends`; callers never know.
+"""
+
+from cxgrad_fast.kernels.backends import use_backend
+from cxgrad_fast.kernels.conv_block.op import conv_block
+from cxgrad_fast.kernels.normalize_weights.op import normalize_weights
+from cxgrad_fast.kernels.patch_statistics.op import PatchStatistics, patch_statistics
+from cxgrad_fast.kernels.residual_end.op import residual_end
+from cxgrad_fast.kernels.scale_weights.op import scale_weights
+
+__all__ = [
+    "PatchStatistics",
+    "conv_block",
+    "normalize_weights",
+    "patch_statistics",
+    "residual_end",
+    "scale_weights",
+    "use_backend",
+]

@@ -1,0 +1,137 @@
+"""CxGrad (Lee, Lee, Song 2022): the backbone's gradients scaled by factors that the task itself conditions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cxgrad_fast.algorithms.rule import FastState, InnerLoop, Support, cut
+from cxgrad_fast.kernels import normalize_weights, scale_weights
+
+
+class CxGrad(InnerLoop):
+    """Algorithms 1 and 2 of the paper, all tasks at once.
+
+    Every step replaces the backbone's weights by ``gamma * w / |w|`` with factors ``gamma = g_phi(nu)`` and moves
+    weights and context parameters ``nu`` by their gradients there. Two forms of it compute the same numbers:
+
+    - ``exact``: the network runs on the unit-norm weight with the norm's epsilon at ``eps / gamma**2``. dL/dgamma is
+      then a sum of like terms instead of one that cancels (MATH.md 3); dL/dw is the unit weight's over gamma.
+    - ``scaled``: the network runs on the scaled weight itself.
+
+    With ``context_update = step``, every step starts from ``nu = 0`` and has a pass of its own to move it.
+    """
+
+    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """The two linear layers of g_phi, in torch's default initialisation."""
+        width, layers = self.config.context_dim, len(self.backbone.scaled)
+        parameters = {}
+        for index, (rows, columns) in ((0, (width, width)), (2, (layers, width))):
+            weight, bias = torch.empty(rows, columns), torch.empty(rows)
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+            nn.init.uniform_(bias, -1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
+            parameters |= {f"scaler.{index}.weight": weight, f"scaler.{index}.bias": bias}
+        return parameters
+
+    def start(
+        self, weights: dict[str, Tensor], meta: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[FastState, list[Tensor]]:
+        state = FastState(weights, support.x.new_zeros(len(support.x), self.config.context_dim))
+        if self.config.context_update == "step":
+            return state, []
+        return self._leave_zero(state, meta, support, graph)
+
+    def step(
+        self, state: FastState, meta: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[FastState, list[Tensor]]:
+        trace: list[Tensor] = []
+        task_wise = self.config.context_update == "task"
+        if not task_wise:
+            zero = FastState(state.weights, torch.zeros_like(_context(state)))
+            state, trace = self._leave_zero(zero, meta, support, graph)
+
+        (context,) = cut([_context(state)], graph)
+        gammas = scaling_factors(context, meta)
+        weights, eps = self._scale(state.weights, gammas)
+        *points, eps_point = cut([*weights.values(), eps], graph)
+        losses = self._support_losses(dict(zip(weights, points, strict=True)), meta, support, eps_point)
+        wanted = [*points, eps_point] if self._exact else points
+        found = torch.autograd.grad(losses.sum(), wanted, create_graph=graph)
+        gradients = dict(zip(weights, found, strict=False))
+
+        if task_wise:
+            if self._exact:
+                step = self._context_step(context, [eps], found[-1:], graph)
+            else:
+                scaled = self.backbone.scaled
+                step = self._context_step(context, [weights[n] for n in scaled], [gradients[n] for n in scaled], graph)
+            context = context - step
+        return FastState(self._move(weights, gradients, gammas), context), [*trace, losses]
+
+    def _leave_zero(
+        self, state: FastState, meta: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[FastState, list[Tensor]]:
+        """The pass that only moves nu away from zero (Algorithm 1, lines 8-10); the weights stay."""
+        graph = graph and self.config.initial_context_order == 2
+        weights = state.weights
+        if not graph:  # nu becomes a constant: nothing of this pass is differentiated again
+            weights = {name: weight.detach() for name, weight in weights.items()}
+            meta = {name: parameter.detach() for name, parameter in meta.items()}
+        context = _context(state).detach().requires_grad_()
+        gammas = scaling_factors(context, meta)
+        weights, eps = self._scale(weights, gammas)
+        carriers = [eps] if self._exact else [weights[name] for name in self.backbone.scaled]
+        losses = self._support_losses(weights, meta, support, eps)
+        gradients = torch.autograd.grad(losses.sum(), carriers, create_graph=graph)
+        context = context - self._context_step(context, carriers, gradients, graph)
+        return FastState(state.weights, context if graph else context.detach()), [losses]
+
+    @property
+    def _exact(self) -> bool:
+        return self.config.form == "exact"
+
+    def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """IGS: the weights that the network runs on, and the epsilon of the norms behind the scaled ones, ``[T, L]``."""
+        scaled = [weights[name] for name in self.backbone.scaled]
+        if self._exact:
+            used, eps = normalize_weights(scaled)[0], self._norm_eps / gammas.square()
+        else:
+            used, eps = scale_weights(scaled, gammas), self.plain_eps(len(gammas), gammas)
+        return {**weights, **dict(zip(self.backbone.scaled, used, strict=True))}, eps
+
+    def _context_step(
+        self, context: Tensor, carriers: Sequence[Tensor], gradients: Sequence[Tensor], graph: bool
+    ) -> Tensor:
+        """``beta * dL/dnu`` (Eq. 7): from what carries the loss's dependence on gamma back through g_phi.
+
+        That short graph is kept, since the moved weights and the meta-gradient run through it too.
+        """
+        (gradient,) = torch.autograd.grad(carriers, context, gradients, create_graph=graph, retain_graph=True)
+        return self.config.context_learning_rate * gradient
+
+    def _move(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], gammas: Tensor
+    ) -> dict[str, Tensor]:
+        """One step of gradient descent on the scaled weights and the head."""
+        rate = self.config.learning_rate
+        moved = {name: weight - rate * gradients[name] for name, weight in weights.items()}
+        if self._exact:
+            for layer, name in enumerate(self.backbone.scaled):
+                gamma = gammas[:, layer, None, None, None, None]
+                moved[name] = gamma * weights[name] - (rate / gamma) * gradients[name]
+        return moved
+
+
+def scaling_factors(context: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """``g_phi``: context ``[T, D]`` -> scaling factors ``[T, L]``; linear, ReLU, linear, softplus (Eq. 8)."""
+    hidden = F.relu(F.linear(context, parameters["scaler.0.weight"], parameters["scaler.0.bias"]))
+    return F.softplus(F.linear(hidden, parameters["scaler.2.weight"], parameters["scaler.2.bias"]))
+
+
+def _context(state: FastState) -> Tensor:
+    assert state.context is not None
+    return state.context

@@ -1,0 +1,327 @@
+"""Learner: the public face of algorithms and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cxgrad_fast.algorithms import FastState, build_inner_loop
+from cxgrad_fast.config import Config, InputError
+from cxgrad_fast.engine import Engine, MetaLoss
+from cxgrad_fast.episodes import Episodes
+from cxgrad_fast.kernels import use_backend
+from cxgrad_fast.models import LayerStatistics, build_backbone
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+STATISTICS_MOMENTUM = 0.01  # of the running BatchNorm statistics: about the last hundred meta-steps
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A meta-step met a loss or gradient that is not finite; nothing was changed."""
+
+
+class Learner:
+    """Meta-parameters, the meta-step that trains them, and adaptation with them.
+
+    Args:
+        config: a Config, from :func:`cxgrad_fast.preset`.
+
+    Attributes:
+        meta_parameters: name -> leaf tensor: the backbone (``features.0.weight``, ``features.0.norm.weight``,
+            ``head.weight``, ...) and, for CxGrad, the network of the scaling factors (``scaler.0.weight``, ...).
+        optimizer: Adam over them, capturable state included in :meth:`state_dict`.
+        running_statistics: name of a convolution -> mean and variance ``[C]`` of its BatchNorm's input in the query
+            pass, averaged over meta-training (exponentially, momentum 0.01); what ``statistics = running`` uses.
+
+    Raises:
+        InputError: a device, precision, backend or mode that this version or machine does not have.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = _device(config.run.device)
+        self.dtype = _dtype(config)
+        with use_backend(config.run.backend):
+            pass  # an impossible choice is an error now, not in the first step
+        if self.device.type == "cuda":
+            # float32 means float32: the framework would round convolution operands to TF32
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+        self.backbone = build_backbone(config)
+        rule = build_inner_loop(config, self.backbone)
+        self.engine = Engine(config, self.backbone, rule)
+        # for seed 0 the released program's initial weights
+        generator = torch.Generator().manual_seed(int(np.random.RandomState(104 + config.run.seed).randint(0, 999999)))
+        initial = self.backbone.initial(generator) | rule.initial(generator)
+        self.meta_parameters = {
+            name: tensor.to(self.device, self.dtype).requires_grad_() for name, tensor in initial.items()
+        }
+        self.optimizer = torch.optim.Adam(self.meta_parameters.values(), lr=config.outer.learning_rate)
+        self.running_statistics: dict[str, LayerStatistics] = {}
+        self._steps_averaged = 0
+
+    def meta_loss(self, episodes: Episodes) -> MetaLoss:
+        """Loss, logits and trace of a batch of tasks; ``loss`` is differentiable in ``meta_parameters``.
+
+        Args:
+            episodes: ``T`` tasks of ``config.task.ways`` classes, images ``[C, H, W]`` as the config says. Moved to
+                the learner's device and precision.
+
+        Raises:
+            ValueError: wrong shapes, no task, labels out of range (name, expected, got).
+        """
+        episodes = self._checked(episodes)
+        with use_backend(self.config.run.backend):
+            return self.engine.meta_loss(self.meta_parameters, episodes)
+
+    def meta_step(self, episodes: Episodes) -> MetaLoss:
+        """One step of meta-training: meta-loss, its gradients, Adam's update. Returns the meta-loss before it.
+
+        Raises:
+            NonFiniteLossError: the loss or a gradient is not finite; parameters and optimizer stay as they were.
+            ValueError: as :meth:`meta_loss`.
+        """
+        out = self.meta_loss(episodes)
+        parameters = list(self.meta_parameters.values())
+        gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True, materialize_grads=True)
+        finite = torch.stack([out.loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
+        if not finite:
+            what = "gradient" if out.loss.isfinite() else "loss"
+            raise NonFiniteLossError(f"the {what} of this meta-step is not finite")
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._average(out.statistics)
+        return out.detach()
+
+    def predict(self, episodes: Episodes, statistics: str | None = None) -> Tensor:
+        """Query logits ``[T, N*Q, N]`` after adaptation to each support set, without a graph.
+
+        Args:
+            episodes: as for :meth:`meta_loss`.
+            statistics: of BatchNorm in the query pass: ``transductive`` (the query images of a task together, as the
+                released program does), ``support`` or ``running``; None takes ``config.evaluation.statistics``.
+
+        Raises:
+            InputError: ``running`` without any meta-training, or statistics for a norm that has none.
+            ValueError: as :meth:`meta_loss`.
+        """
+        episodes = self._checked(episodes)
+        adapted = self._adapt(episodes.support_x, episodes.support_y, statistics)
+        return adapted.logits(episodes.query_x)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None = None) -> Adapted:
+        """Adapt to one task, or to several at once; call the result on query images.
+
+        Args:
+            support_x: ``[S, C, H, W]``, or ``[T, S, C, H, W]`` for several tasks; the units of meta-training (for the
+                presets: [0, 1]).
+            support_y: ``[S]`` or ``[T, S]``, labels in ``[0, config.task.ways)``.
+            statistics: as for :meth:`predict`. With ``transductive`` all images of one call are normalised together:
+                for images that come one by one, choose ``support`` or ``running``.
+
+        Raises:
+            ValueError: wrong shapes, labels out of range (name, expected, got).
+            InputError: as :meth:`predict`.
+        """
+        single = support_x.ndim == 4
+        if single:
+            support_x, support_y = support_x[None], support_y[None]
+        # the checks of a batch of tasks, with the support set in the place of the query set
+        episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
+        return self._adapt(episodes.support_x, episodes.support_y, statistics, single)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from: tensors and plain values only (``weights_only=True`` loads it)."""
+        return {
+            "parameters": {name: tensor.detach().clone() for name, tensor in self.meta_parameters.items()},
+            "statistics": {name: torch.stack(pair) for name, pair in self.running_statistics.items()},
+            "steps_averaged": self._steps_averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: bool = True) -> None:
+        """Take over what :meth:`state_dict` gave; without the optimizer's part for evaluation only.
+
+        Raises:
+            ValueError: names or shapes that are not this config's.
+        """
+        self._assign(state["parameters"], "state")
+        self.running_statistics = {
+            name: (pair[0].to(self.device, self.dtype), pair[1].to(self.device, self.dtype))
+            for name, pair in state["statistics"].items()
+        }
+        self._steps_averaged = state["steps_averaged"]
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def released_names(self) -> dict[str, str]:
+        """Our names of the meta-parameters -> those of the paper's released program."""
+        return {name: _released_name(name) for name in self.meta_parameters}
+
+    def load_released(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the parameters of a checkpoint of the released program, under its own names.
+
+        Args:
+            state_dict: name -> tensor or array. Entries that are no parameters of ours are passed over: running
+                statistics, per-step learning rates, and convolution biases before a batch norm, which removes them.
+
+        Raises:
+            ValueError: a parameter is missing or has another shape (named).
+        """
+        values = {}
+        for name, theirs in self.released_names().items():
+            if theirs not in state_dict:
+                raise ValueError(f"released checkpoint has no '{theirs}' (our {name})")
+            values[name] = torch.as_tensor(state_dict[theirs])
+        self._assign(values, "released checkpoint")
+        self.running_statistics, self._steps_averaged = {}, 0
+
+    def _assign(self, values: Mapping[str, Tensor], where: str) -> None:
+        odd = sorted(set(values) ^ set(self.meta_parameters))
+        if odd:
+            raise ValueError(f"{where}: parameter '{odd[0]}' is not on both sides: other algorithm or backbone?")
+        for name, tensor in self.meta_parameters.items():
+            if values[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{where}: parameter '{name}' must be {list(tensor.shape)} by the config, "
+                    f"got {list(values[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in self.meta_parameters.items():
+                tensor.copy_(values[name])
+
+    def _average(self, statistics: Mapping[str, LayerStatistics]) -> None:
+        self._steps_averaged += 1
+        share = max(1 / self._steps_averaged, STATISTICS_MOMENTUM)
+        for name, (mean, variance) in statistics.items():
+            old_mean, old_variance = self.running_statistics.get(name, (mean, variance))
+            self.running_statistics[name] = (old_mean.lerp(mean, share), old_variance.lerp(variance, share))
+
+    def _adapt(
+        self, support_x: Tensor, support_y: Tensor, statistics: str | None, single: bool = False
+    ) -> Adapted:
+        statistics = statistics or self.config.evaluation.statistics
+        if statistics not in ("transductive", "support", "running"):
+            raise InputError(f"statistics takes one of transductive, support, running, got '{statistics}'")
+        if statistics != "transductive" and self.config.model.norm != "batch":
+            raise InputError(f"statistics = {statistics} needs model.norm = batch, not {self.config.model.norm}")
+        if statistics == "running" and not self.running_statistics:
+            raise InputError("statistics = running needs the averages of meta-training; this learner has none")
+        parameters = {name: tensor.detach() for name, tensor in self.meta_parameters.items()}
+        with use_backend(self.config.run.backend), torch.enable_grad():
+            state = self.engine.adapt(parameters, support_x, support_y, graph=False)
+        state = state.with_tensors([tensor.detach() for tensor in state.tensors()])
+        given: dict[str, LayerStatistics] | None = None
+        if statistics == "running":
+            given = {name: (mean[None], var[None]) for name, (mean, var) in self.running_statistics.items()}
+        elif statistics == "support":
+            with use_backend(self.config.run.backend), torch.no_grad():
+                given = self.engine.support_statistics(parameters, state, support_x)
+        return Adapted(self, parameters, state, given, single)
+
+    def _checked(self, episodes: Episodes) -> Episodes:
+        """The episodes on the learner's device and in its precision, if they are what the config says."""
+        ways = self.config.task.ways
+        if not len(episodes):
+            raise ValueError("episodes must hold at least one task, got none")
+        self._check_image("support_x", episodes.support_x)
+        for name, y in (("support_y", episodes.support_y), ("query_y", episodes.query_y)):
+            if not y.numel():
+                raise ValueError(f"{name} must hold at least one image a task, got {list(y.shape)}")
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= ways:
+                raise ValueError(
+                    f"{name} must hold labels 0 to {ways - 1} (task.ways = {ways}), got {low if low < 0 else high}"
+                )
+        return episodes.to(self.device, self.dtype)
+
+    def _check_image(self, name: str, x: Tensor) -> None:
+        model = self.config.model
+        wanted = [model.channels, model.image_size, model.image_size]
+        if list(x.shape[-3:]) != wanted:
+            raise ValueError(
+                f"{name} must hold images {wanted} (model.channels, model.image_size), got {list(x.shape[-3:])}"
+            )
+
+
+class Adapted:
+    """Networks adapted to their support sets; made by :meth:`Learner.adapt`.
+
+    Attributes:
+        state: the adapted weights and context parameters, each with a leading task axis.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        parameters: Mapping[str, Tensor],
+        state: FastState,
+        given: Mapping[str, LayerStatistics] | None,
+        single: bool,
+    ) -> None:
+        self.state = state
+        self._learner, self._parameters, self._given, self._single = learner, parameters, given, single
+
+    def __call__(self, query_x: Tensor) -> Tensor:
+        """Logits ``[Q, N]`` of query images ``[Q, C, H, W]``; ``[T, Q, N]`` of ``[T, Q, C, H, W]`` for several tasks.
+
+        Raises:
+            ValueError: images of another shape, or of another number of tasks.
+        """
+        tasks = next(iter(self.state.weights.values())).shape[0]
+        wanted = "[Q, C, H, W]" if self._single else f"[{tasks}, Q, C, H, W]"
+        if query_x.ndim != 5 - self._single or (not self._single and len(query_x) != tasks):
+            raise ValueError(f"query_x must be {wanted} as support_x was, got {list(query_x.shape)}")
+        self._learner._check_image("query_x", query_x)
+        x = (query_x[None] if self._single else query_x).to(self._learner.device, self._learner.dtype)
+        logits = self.logits(x)
+        return logits[0] if self._single else logits
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits ``[T, Q, N]`` of images ``[T, Q, C, H, W]`` on the learner's device and in its precision."""
+        with use_backend(self._learner.config.run.backend), torch.no_grad():
+            return self._learner.engine.query_logits(self._parameters, self.state, x, self._given)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"setting 'run.device' takes auto, cpu or cuda[:index], got '{name}'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"setting 'run.device' (={name}) needs a CUDA device, and torch sees none: use cpu")
+    return device
+
+
+def _dtype(config: Config) -> torch.dtype:
+    if config.run.precision not in _DTYPES:
+        raise InputError(
+            f"setting 'run.precision' (={config.run.precision}) is not in this version: use float32 or float64"
+        )
+    if config.run.compile:
+        raise InputError("setting 'run.compile' (--compile) is not in this version: leave it out")
+    return _DTYPES[config.run.precision]
+
+
+def _released_name(name: str) -> str:
+    """The released program's name of our meta-parameter ``name``; ResNet-12's are those of the ALFA program."""
+    group, *rest = name.split(".")
+    if group == "head":
+        return "classifier.layer_dict.linear." + {"weight": "weights", "bias": "bias"}[rest[0]]
+    if group == "scaler":
+        return "gamma_generator." + ".".join(rest)
+    if rest[1].isdigit() or rest[1] == "shortcut":
+        block, conv, *rest = rest
+        layer = f"layer{block}." + ("shortcut_conv" if conv == "shortcut" else f"conv{int(conv) + 1}")
+    else:
+        layer = f"conv{rest.pop(0)}"
+    kind = "norm_layer." + rest[1] if rest[0] == "norm" else "conv." + rest[0]
+    return f"classifier.layer_dict.{layer}.{kind}"

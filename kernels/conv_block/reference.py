@@ -1,0 +1,91 @@
+"""The definition of conv_block in plain PyTorch: MATH.md 1, any dtype, any order of derivative.
+
+Inside, tensors are image-major, ``[S, T, C, H, W]``: there the tasks are the groups of one grouped convolution, and a
+chain of blocks needs no transposing copy, only views.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_block(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    eps: Tensor,
+    *,
+    slope: float | None,
+    pool: bool,
+    patch_statistics: tuple[Tensor, Tensor] | None,
+    norm: str,
+    groups: int,
+    statistics: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and mean and variance ``[T, C]`` used; see :func:`cxgrad_fast.kernels.conv_block`.
+
+    With ``norm="group"`` mean and variance are those of each image and group, ``[T, S, groups]``.
+    """
+    if patch_statistics is not None:
+        z, mean, variance = _first_layer(x, weight, scale, bias, eps, *patch_statistics)
+    else:
+        y = _convolve(x, weight)
+        if norm == "group":
+            variance, mean = torch.var_mean(y.unflatten(2, (groups, -1)), (3, 4, 5), correction=0)  # [S, T, groups]
+            spread = y.shape[2] // groups
+            k = torch.rsqrt(variance + eps[:, None]).repeat_interleave(spread, 2) * scale  # [S, T, C]
+            center = mean.repeat_interleave(spread, 2)
+            mean, variance = mean.transpose(0, 1), variance.transpose(0, 1)
+        else:
+            if statistics is None:
+                variance, mean = torch.var_mean(y, (0, 3, 4), correction=0)  # [T, C]
+            else:
+                mean, variance = statistics
+            k = torch.rsqrt(variance + eps[:, None]) * scale
+            center = mean
+        z = (y - center[..., None, None]) * k[..., None, None] + bias[..., None, None]
+    return _activate(z, slope, pool).transpose(0, 1), mean, variance
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x`` [T, S, Cin, H, W], ``weight`` [T, Cout, Cin, k, k], ``bias`` [T, Cout] -> [S, T, Cout, H, W]."""
+    tasks, images, _, height, width = x.shape
+    if tasks == 0:  # a convolution has at least one group
+        return (x.sum() + weight.sum()).expand(images, 0, weight.shape[1], height, width)
+    y = F.conv2d(
+        x.transpose(0, 1).flatten(1, 2),
+        weight.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        padding=weight.shape[3] // 2,
+        groups=tasks,
+    )
+    return y.unflatten(1, (tasks, -1))
+
+
+def _first_layer(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor, patch_mean: Tensor, patch_covariance: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised convolution, with its statistics from the patches' (MATH.md 2): nothing reads it back."""
+    rows = weight.flatten(2).double()  # [T, Cout, K]
+    mean = (rows @ patch_mean[..., None]).squeeze(2)
+    variance = ((rows @ patch_covariance) * rows).sum(2)
+    k = torch.rsqrt(variance + eps.double()[:, None]) * scale
+    shift = bias - mean * k
+    z = _convolve(x, (weight * k[..., None, None, None]).to(x.dtype), shift.to(x.dtype))
+    return z, mean.to(x.dtype), variance.to(x.dtype)
+
+
+def _activate(z: Tensor, slope: float | None, pool: bool) -> Tensor:
+    """LeakyReLU and 2x2 max-pool of [S, T, C, H, W].
+
+    Pooling comes first: the activation is monotone, so the values and, away from z = 0, the gradients are the same,
+    for a quarter of the work.
+    """
+    if pool:
+        z = F.max_pool2d(z.flatten(0, 1), 2).unflatten(0, z.shape[:2])
+    if slope is None:
+        return z
+    return F.leaky_relu(z, slope) if slope else F.relu(z)

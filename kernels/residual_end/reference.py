@@ -1,0 +1,14 @@
+"""The definition of residual_end in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, padding: int) -> Tensor:
+    """``max_pool(leaky_relu(x + shortcut))``; see :func:`cxgrad_fast.kernels.residual_end`."""
+    total = (x + shortcut).flatten(0, 1)
+    if pool:  # before the activation, which is monotone: the same values, a quarter of the work
+        total = F.max_pool2d(total, 2, padding=padding)
+    return (F.leaky_relu(total, slope) if slope else F.relu(total)).unflatten(0, x.shape[:2])

@@ -1,0 +1,33 @@
+"""Implicit gradient scaling (IGS) of all layers and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cxgrad_fast.kernels import backends
+from cxgrad_fast.kernels.checks import check_like, check_shape
+from cxgrad_fast.kernels.scale_weights import reference
+
+_IMPLEMENTATIONS = {"reference": reference.scale_weights}
+
+
+def scale_weights(weights: Sequence[Tensor], gammas: Tensor) -> list[Tensor]:
+    """IGS: every layer's weight normalised over the whole tensor and scaled, ``gamma * w / |w|`` (paper, Eq. 6).
+
+    Args:
+        weights: one tensor a layer, ``[T or 1, ...]``.
+        gammas: ``[T, L]``, one factor a task and layer.
+
+    Returns:
+        One tensor a layer, ``[T, ...]``. Differentiable in the weights and the factors.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit (name, expected, got).
+    """
+    check_shape("gammas", gammas, ["T", len(weights)], "one factor a weight")
+    for layer, weight in enumerate(weights):
+        check_shape(f"weights[{layer}]", weight, [(len(gammas), 1), *weight.shape[1:]], "T from gammas, or 1")
+        check_like(f"weights[{layer}]", weight, "gammas", gammas)
+    return _IMPLEMENTATIONS[backends.choose()](weights, gammas)
