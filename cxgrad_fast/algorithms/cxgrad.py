@@ -70,7 +70,7 @@ class CxGrad(InnerLoop):
                 scaled = self.backbone.scaled
                 step = self._context_step(context, [weights[n] for n in scaled], [gradients[n] for n in scaled], graph)
             context = context - step
-        return FastState(self._move(weights, gradients, gammas), context), [*trace, losses]
+        return FastState(self._move(weights, gradients, gammas, graph), context), [*trace, losses]
 
     def _leave_zero(
         self, state: FastState, meta: Mapping[str, Tensor], support: Support, graph: bool
@@ -114,15 +114,17 @@ class CxGrad(InnerLoop):
         return self.config.context_learning_rate * gradient
 
     def _move(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], gammas: Tensor
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], gammas: Tensor, graph: bool
     ) -> dict[str, Tensor]:
         """One step of gradient descent on the scaled weights and the head."""
         rate = self.config.learning_rate
         moved = {name: weight - rate * gradients[name] for name, weight in weights.items()}
         if self._exact:
+            # dL/d(scaled weight) is the unit weight's over gamma; in first order all of it is a constant
+            rates = rate / (gammas if graph else gammas.detach())
             for layer, name in enumerate(self.backbone.scaled):
-                gamma = gammas[:, layer, None, None, None, None]
-                moved[name] = gamma * weights[name] - (rate / gamma) * gradients[name]
+                gamma, own_rate = (factor[:, layer, None, None, None, None] for factor in (gammas, rates))
+                moved[name] = gamma * weights[name] - own_rate * gradients[name]
         return moved
 
 

@@ -93,8 +93,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cut(tensors: Sequence[Tensor], graph: bool) -> list[Tensor]:
-    """The points at which a pass takes its gradients: the tensors themselves while a graph is kept, else leaves.
+    """The points at which a pass takes its gradients.
 
-    Behind a leaf nothing is recorded, so that a first-order pass gives its memory back at once.
+    While a graph is kept they are aliases, so that the gradient is the partial one: where nu itself came from the
+    weights (``initial_context_order = 2``), a gradient at the weights would run through nu too. Otherwise they are
+    leaves: behind a leaf nothing is recorded, so that a first-order pass gives its memory back at once.
     """
-    return [t if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+    return [t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# what a person has set in his shell must not decide what is tested
+for name in ("CXGRAD_BACKEND", "CXGRAD_CACHE"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,87 @@
+"""What several test files need: made-up episodes, errors, golden files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cxgrad_fast import Config, Episodes, Learner, preset
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def config_of(**overrides: Any) -> Config:
+    """A small float64 Config; double underscores are dots: ``config_of(inner__steps=2)``."""
+    small = {
+        "task.queries": 3,
+        "model.filters": 4,
+        "model.image_size": 21,
+        "inner.context_dim": 6,
+        "run.precision": "float64",
+        "run.device": "cpu",
+    }
+    return preset("released-mini-5w1s", small | {name.replace("__", "."): v for name, v in overrides.items()})
+
+
+def random_episodes(config: Config, tasks: int = 2, seed: int = 0) -> Episodes:
+    """Smooth-free random images in [0, 1], float64, labels in a shuffled order that differs between tasks."""
+    g = torch.Generator().manual_seed(seed)
+    task, model = config.task, config.model
+
+    def part(per_class: int) -> tuple[Tensor, Tensor]:
+        count = task.ways * per_class
+        x = torch.rand(tasks, count, model.channels, model.image_size, model.image_size, generator=g).double()
+        y = torch.arange(task.ways).repeat(per_class)
+        return x, torch.stack([y[torch.randperm(count, generator=g)] for _ in range(tasks)])
+
+    return Episodes(*part(task.shots), *part(task.queries))
+
+
+def spread_parameters(learner: Learner, seed: int = 1) -> None:
+    """Move all meta-parameters away from their special initial values (identity norms, zero biases)."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in learner.meta_parameters.values():
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=g).to(tensor.dtype))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected; NaN on either side is an infinite error."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if not (actual.isfinite().all() and expected.isfinite().all()):
+        return float("inf")
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def golden(name: str) -> tuple[dict[str, np.ndarray], Config, Episodes]:
+    """The arrays of a golden file, the Config that repeats it, and its episodes."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    said = json.loads(str(arrays.pop("config")))
+    config = config_of(
+        task__ways=said["ways"],
+        task__shots=said["shots"],
+        task__queries=said["queries_per_class"],
+        model__filters=said["filters"],
+        model__image_size=said["image_size"],
+        model__slope=said["leaky_relu_slope"],
+        model__norm_eps=said["bn_eps"],
+        inner__algorithm="cxgrad" if said["contextual"] else "maml",
+        inner__steps=said["steps"],
+        inner__learning_rate=said["alpha"],
+        inner__context_learning_rate=said["beta"],
+        inner__context_dim=said["context_dim"],
+        inner__order=2 if said["second_order"] else 1,
+    )
+    keys = ("x_support", "y_support", "x_query", "y_query")
+    return arrays, config, Episodes(*(torch.from_numpy(arrays[key]) for key in keys))
