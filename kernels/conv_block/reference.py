@@ -30,6 +30,8 @@ def conv_block(
 
     With ``norm="group"`` mean and variance are those of each image and group, ``[T, S, groups]``.
     """
+    if not len(x):
+        return _no_tasks(x, weight, scale, bias, eps, pool)
     if patch_statistics is not None:
         z, mean, variance = _first_layer(x, weight, scale, bias, eps, *patch_statistics)
     else:
@@ -53,17 +55,14 @@ def conv_block(
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [T, S, Cin, H, W], ``weight`` [T, Cout, Cin, k, k], ``bias`` [T, Cout] -> [S, T, Cout, H, W]."""
-    tasks, images, _, height, width = x.shape
-    if tasks == 0:  # a convolution has at least one group
-        return (x.sum() + weight.sum()).expand(images, 0, weight.shape[1], height, width)
     y = F.conv2d(
         x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last),
         weight.flatten(0, 1),
         None if bias is None else bias.flatten(),
         padding=weight.shape[3] // 2,
-        groups=tasks,
+        groups=len(x),
     )
-    return y.unflatten(1, (tasks, -1))
+    return y.unflatten(1, (len(x), -1))
 
 
 def _first_layer(
@@ -90,3 +89,13 @@ def _activate(z: Tensor, slope: float | None, pool: bool) -> Tensor:
     if slope is None:
         return z
     return F.leaky_relu(z, slope) if slope else F.relu(z)
+
+
+def _no_tasks(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor, pool: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty output of no task, still a function of its inputs: the framework has no convolution of no group."""
+    (_, images, _, height, width), out = x.shape, weight.shape[1]
+    nothing = x.sum() + weight.sum() + scale.sum() * 0 + bias.sum() * 0 + eps.sum()
+    size = (height // 2, width // 2) if pool else (height, width)
+    return nothing.expand(0, images, out, *size), nothing.expand(0, out), nothing.expand(0, out)
