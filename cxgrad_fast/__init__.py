@@ -3,5 +3,6 @@
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.episodes import Episodes, EpisodeSampler
 from cxgrad_fast.learner import Learner
+from cxgrad_fast.runs import load
 
-__all__ = ["Config", "EpisodeSampler", "Episodes", "InputError", "Learner", "preset"]
+__all__ = ["Config", "EpisodeSampler", "Episodes", "InputError", "Learner", "load", "preset"]

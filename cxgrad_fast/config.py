@@ -289,7 +289,9 @@ def _check_together(config: Config) -> None:
             f"setting 'model.image_size' (={model.image_size}) pools to nothing in {model.backbone}: use at least 16"
         )
     if config.data.source == "folder" and not config.data.root:
-        raise InputError("setting 'data.root' is needed with data.source = folder: the folder that holds train/ val/ test/")
+        raise InputError(
+            "setting 'data.root' is needed with data.source = folder: the folder that holds train/ val/ test/"
+        )
     if config.evaluation.statistics != "transductive" and model.norm != "batch":
         raise InputError(
             f"setting 'evaluation.statistics' (={config.evaluation.statistics}) needs model.norm = batch: "

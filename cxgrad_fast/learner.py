@@ -203,9 +203,7 @@ class Learner:
             old_mean, old_variance = self.running_statistics.get(name, (mean, variance))
             self.running_statistics[name] = (old_mean.lerp(mean, share), old_variance.lerp(variance, share))
 
-    def _adapt(
-        self, support_x: Tensor, support_y: Tensor, statistics: str | None, single: bool = False
-    ) -> Adapted:
+    def _adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None, single: bool = False) -> Adapted:
         statistics = statistics or self.config.evaluation.statistics
         if statistics not in ("transductive", "support", "running"):
             raise InputError(f"statistics takes one of transductive, support, running, got '{statistics}'")

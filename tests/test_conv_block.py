@@ -134,7 +134,11 @@ def test_statistics_given_and_returned() -> None:
     assert relative_error(alone, y[:, :1]) < 1e-13
     x = x.requires_grad_()
     _, (_, from_patches) = conv_block(
-        x.detach(), *tensors[1:], slope=0.0, pool=True, patch_statistics=patch_statistics(x.detach()),
+        x.detach(),
+        *tensors[1:],
+        slope=0.0,
+        pool=True,
+        patch_statistics=patch_statistics(x.detach()),
         return_statistics=True,
     )
     assert relative_error(from_patches, variance) < 1e-11

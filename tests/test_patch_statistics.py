@@ -38,7 +38,13 @@ def test_high_pass_filter_on_smooth_images() -> None:
         patches = patch_statistics(images) if fast else None
         affine = (one.to(dtype), zero.to(dtype))
         _, (_, found) = conv_block(
-            images, laplace.to(dtype), *affine, 1e-5, slope=None, pool=True, patch_statistics=patches,
+            images,
+            laplace.to(dtype),
+            *affine,
+            1e-5,
+            slope=None,
+            pool=True,
+            patch_statistics=patches,
             return_statistics=True,
         )
         return found

@@ -14,9 +14,7 @@ from cxgrad_fast import Learner, reference
 def test_golden(name: str) -> None:
     arrays, config, episodes = golden(name)
     names = Learner(config).released_names()
-    parameters = {
-        ours: torch.from_numpy(arrays[f"param/{theirs}"]).requires_grad_() for ours, theirs in names.items()
-    }
+    parameters = {ours: torch.from_numpy(arrays[f"param/{theirs}"]).requires_grad_() for ours, theirs in names.items()}
     out = reference.meta_loss(config, parameters, episodes)
     trace = torch.cat([out.support_losses, out.query_losses[:, None].detach()], 1)
     np.testing.assert_allclose(trace.numpy(), arrays["trace_loss"], rtol=1e-12)
@@ -29,9 +27,7 @@ def test_golden_can_fail() -> None:
     """The released mixture of orders is visible: the paper's other reading of line 10 has other gradients."""
     arrays, config, episodes = golden("cxgrad_5w1s_a")
     names = Learner(config).released_names()
-    parameters = {
-        ours: torch.from_numpy(arrays[f"param/{theirs}"]).requires_grad_() for ours, theirs in names.items()
-    }
+    parameters = {ours: torch.from_numpy(arrays[f"param/{theirs}"]).requires_grad_() for ours, theirs in names.items()}
     other = config.override({"inner.initial_context_order": 2})
     found = gradients(reference.meta_loss(other, parameters, episodes).loss, parameters)
     errors = [relative_error(found[name], torch.from_numpy(arrays[f"grad/{names[name]}"])) for name in found]
@@ -45,5 +41,7 @@ def test_context_moves_by_its_gradient() -> None:
     out = reference.meta_loss(config, learner.meta_parameters, episodes)
     first = gradients(out.loss, learner.meta_parameters)["scaler.0.weight"]
     assert first.abs().max() == 0  # nu = 0 is all that this matrix ever sees
-    moving = reference.meta_loss(config.override({"inner.context_learning_rate": 1.0}), learner.meta_parameters, episodes)
+    moving = reference.meta_loss(
+        config.override({"inner.context_learning_rate": 1.0}), learner.meta_parameters, episodes
+    )
     assert gradients(moving.loss, learner.meta_parameters)["scaler.0.weight"].abs().max() > 0

@@ -58,5 +58,5 @@ class ImagePool:
         """SHA-256 of images, labels and names: two runs with equal fingerprints saw the same data."""
         digest = hashlib.sha256("\n".join(self.class_names).encode())
         digest.update(self.labels.cpu().numpy().tobytes())
-        digest.update(self.images.cpu().contiguous().numpy())
+        digest.update(self.images.cpu().contiguous().numpy().data)
         return digest.hexdigest()

@@ -14,8 +14,8 @@ from cxgrad_fast.algorithms.rule import cross_entropy
 from cxgrad_fast.config import Config
 from cxgrad_fast.engine.recompute import recomputed
 from cxgrad_fast.episodes import Episodes
-from cxgrad_fast.kernels import PatchStatistics, patch_statistics
-from cxgrad_fast.models import Backbone, LayerStatistics
+from cxgrad_fast.kernels import patch_statistics
+from cxgrad_fast.models import Backbone, LayerStatistics, Output
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,12 @@ class MetaLoss:
 
     def detach(self) -> MetaLoss:
         """The same numbers without their graph."""
-        return replace(self, loss=self.loss.detach(), query_logits=self.query_logits.detach(),
-                       query_losses=self.query_losses.detach())
+        return replace(
+            self,
+            loss=self.loss.detach(),
+            query_logits=self.query_logits.detach(),
+            query_losses=self.query_losses.detach(),
+        )
 
 
 class Engine:
@@ -88,25 +92,27 @@ class Engine:
         return self._adapt(parameters, self._support(support_x, support_y), graph)[0]
 
     def query_logits(
-        self, parameters: Mapping[str, Tensor], state: FastState, x: Tensor,
+        self,
+        parameters: Mapping[str, Tensor],
+        state: FastState,
+        x: Tensor,
         given: Mapping[str, LayerStatistics] | None = None,
     ) -> Tensor:
         """Logits ``[T, S, N]`` of adapted networks; BatchNorm by the batch itself, or by given statistics."""
-        patches = self._patches(x) if given is None else None
-        return self._query(parameters, state, x, patches, given=given).logits
+        return self._query(parameters, state, x, given=given).logits
 
     def support_statistics(
         self, parameters: Mapping[str, Tensor], state: FastState, support_x: Tensor
     ) -> dict[str, LayerStatistics]:
         """BatchNorm statistics ``[T, C]`` of the support set under the adapted weights, by convolution."""
-        return self._query(parameters, state, support_x, self._patches(support_x), collect=True).statistics
+        return self._query(parameters, state, support_x, collect=True).statistics
 
     def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
         graph = self.config.inner.order == 2 and torch.is_grad_enabled()
         with torch.enable_grad():  # the inner loop needs gradients whatever the caller does
             state, trace = self._adapt(parameters, self._support(episodes.support_x, episodes.support_y), graph)
         x = episodes.query_x
-        output = self._query(parameters, state, x, self._patches(x), collect=self.config.model.norm == "batch")
+        output = self._query(parameters, state, x, collect=self.config.model.norm == "batch")
         losses = cross_entropy(output.logits, episodes.query_y)
         return MetaLoss(
             loss=losses.mean() if self.config.outer.reduction == "mean" else losses.sum(),
@@ -120,9 +126,7 @@ class Engine:
             },
         )
 
-    def _adapt(
-        self, parameters: Mapping[str, Tensor], support: Support, graph: bool
-    ) -> tuple[FastState, list[Tensor]]:
+    def _adapt(self, parameters: Mapping[str, Tensor], support: Support, graph: bool) -> tuple[FastState, list[Tensor]]:
         """All inner steps: the state, and the detached support losses ``[T]`` of every pass."""
         tasks = len(support.x)
         weights = {name: _per_task(parameters[name], tasks) for name in self.backbone.adapted}
@@ -152,14 +156,16 @@ class Engine:
         parameters: Mapping[str, Tensor],
         state: FastState,
         x: Tensor,
-        patches: PatchStatistics | None,
         given: Mapping[str, LayerStatistics] | None = None,
         collect: bool = False,
-    ) -> Any:
-        """A pass with the adapted weights as they are: the query pass is not scaled again (released program)."""
+    ) -> Output:
+        """A pass with the adapted weights as they are: the query pass is not scaled again (released program).
+
+        Its images are seen once, so that their patch statistics would cost more than they save.
+        """
         eps = self.rule.plain_eps(len(x), x)
         weights = {**self._meta(parameters), **state.weights}
-        return self.backbone.forward(weights, x, eps, patches=patches, given=given, collect=collect)
+        return self.backbone.forward(weights, x, eps, given=given, collect=collect)
 
     def _meta(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that the inner loop does not move; those of norms get their task axis."""
@@ -171,10 +177,7 @@ class Engine:
         }
 
     def _support(self, x: Tensor, y: Tensor) -> Support:
-        return Support(x, y, self._patches(x))
-
-    def _patches(self, x: Tensor) -> PatchStatistics | None:
-        return patch_statistics(x) if self.backbone.first_layer_patches else None
+        return Support(x, y, patch_statistics(x) if self.backbone.first_layer_patches else None)
 
     def _join(self, parts: Sequence[MetaLoss], sizes: Sequence[int]) -> MetaLoss:
         """The results of all chunks as those of one batch."""

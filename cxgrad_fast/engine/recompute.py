@@ -25,17 +25,13 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = [
-            tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad():
             outputs = ctx.step(inputs, True)
         attached = [(out, cot) for out, cot in zip(outputs, cotangents, strict=True) if out.requires_grad]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         gradients = iter(
-            torch.autograd.grad(
-                [out for out, _ in attached], wanted, [cot for _, cot in attached], allow_unused=True
-            )
+            torch.autograd.grad([out for out, _ in attached], wanted, [cot for _, cot in attached], allow_unused=True)
         )
         return None, *(next(gradients) if need else None for need in needed)
 

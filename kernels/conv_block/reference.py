@@ -40,16 +40,14 @@ def conv_block(
             variance, mean = torch.var_mean(y.unflatten(2, (groups, -1)), (3, 4, 5), correction=0)  # [S, T, groups]
             spread = y.shape[2] // groups
             k = torch.rsqrt(variance + eps[:, None]).repeat_interleave(spread, 2) * scale  # [S, T, C]
-            center = mean.repeat_interleave(spread, 2)
+            centred = y - mean.repeat_interleave(spread, 2)[..., None, None]
             mean, variance = mean.transpose(0, 1), variance.transpose(0, 1)
         else:
-            if statistics is None:
-                variance, mean = torch.var_mean(y, (0, 3, 4), correction=0)  # [T, C]
-            else:
-                mean, variance = statistics
+            mean = y.mean((0, 3, 4)) if statistics is None else statistics[0]  # [T, C]
+            centred = y - mean[..., None, None]
+            variance = centred.square().mean((0, 3, 4)) if statistics is None else statistics[1]
             k = torch.rsqrt(variance + eps[:, None]) * scale
-            center = mean
-        z = (y - center[..., None, None]) * k[..., None, None] + bias[..., None, None]
+        z = torch.addcmul(bias[..., None, None], centred, k[..., None, None])
     return _activate(z, slope, pool).transpose(0, 1), mean, variance
 
 
@@ -85,7 +83,7 @@ def _activate(z: Tensor, slope: float | None, pool: bool) -> Tensor:
     for a quarter of the work.
     """
     if pool:
-        z = F.max_pool2d(z.flatten(0, 1), 2).unflatten(0, z.shape[:2])
+        z = F.max_pool2d(z.flatten(1, 2), 2).unflatten(1, z.shape[1:3])
     if slope is None:
         return z
     return F.leaky_relu(z, slope) if slope else F.relu(z)

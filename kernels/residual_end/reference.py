@@ -8,7 +8,8 @@ from torch import Tensor
 
 def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, padding: int) -> Tensor:
     """``max_pool(leaky_relu(x + shortcut))``; see :func:`cxgrad_fast.kernels.residual_end`."""
-    total = (x + shortcut).flatten(0, 1)
+    total = (x + shortcut).transpose(0, 1).flatten(1, 2)  # image-major, as conv_block has it: no copy
     if pool:  # before the activation, which is monotone: the same values, a quarter of the work
         total = F.max_pool2d(total, 2, padding=padding)
-    return (F.leaky_relu(total, slope) if slope else F.relu(total)).unflatten(0, x.shape[:2])
+    y = F.leaky_relu(total, slope) if slope else F.relu(total)
+    return y.unflatten(1, (len(x), -1)).transpose(0, 1)

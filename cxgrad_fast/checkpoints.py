@@ -1,0 +1,227 @@
+"""Checkpoints: all that a run is, in one file that is replaced atomically and checked when it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import struct
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cxgrad_fast.config import Config, InputError
+from cxgrad_fast.learner import Learner
+
+FORMAT, VERSION = "cxgrad_fast checkpoint", 1
+
+_PLAIN = (str, int, float, bool, type(None))
+
+# everything torch.load was seen to raise over files with flipped bits and files of other kinds
+_UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+
+
+class Best(NamedTuple):
+    """One of the best models so far: after ``iteration`` steps, ``accuracy`` on the validation tasks."""
+
+    iteration: int
+    accuracy: float
+
+    @property
+    def file(self) -> str:
+        """The checkpoint's name in the run's folder."""
+        return f"best-{self.iteration}.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run is after ``iteration`` steps.
+
+    Attributes:
+        config: the settings.
+        state: ``Learner.state_dict()``: parameters, statistics, optimizer.
+        iteration: meta-updates done; the next task to draw is ``iteration * outer.meta_batch``.
+        validated: iteration of the last validation, 0 before the first.
+        best: the ``evaluation.ensemble`` best validated models, best first.
+        fingerprints: of the image pools, by their part in the run (train, val, test, cross-domain).
+        rng: torch's generator states.
+        source: commit (or version) that wrote it.
+        episode: of a run that a non-finite loss stopped: ``tasks`` (indices) and the episode tensors of that step.
+    """
+
+    config: Config
+    state: dict[str, Any]
+    iteration: int = 0
+    validated: int = 0
+    best: tuple[Best, ...] = ()
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    rng: dict[str, Tensor] = field(default_factory=dict)
+    source: str = ""
+    episode: dict[str, Any] = field(default_factory=dict)
+
+    def learner(self, file: Path, config: Config | None = None, optimizer: bool = False) -> Learner:
+        """A Learner in this state, under ``config`` if given.
+
+        Raises:
+            InputError: the state does not fit the settings (``file`` is named).
+        """
+        learner = Learner(config or self.config)
+        try:
+            learner.load_state_dict(self.state, optimizer=optimizer)
+        except ValueError as error:
+            raise InputError(f"checkpoint '{file}' does not fit the settings: {error}") from error
+        return learner
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Replace ``path`` atomically: whatever happens, the old file or the new one stands there, whole.
+
+    Raises:
+        OSError: the disk refuses; the old file still stands.
+    """
+    plain = {spec.name: getattr(checkpoint, spec.name) for spec in dataclasses.fields(checkpoint)}
+    plain |= {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": checkpoint.config.flat(),
+        "preset": checkpoint.config.preset,
+        "best": [list(best) for best in checkpoint.best],
+        "next_task": checkpoint.iteration * checkpoint.config.outer.meta_batch,
+    }
+    content = _portable(plain)
+    content["sha256"] = _digest(content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in ``path``, with all tensors on the CPU.
+
+    Raises:
+        InputError: missing, truncated, not a checkpoint of this program, altered, or of a newer program.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"'{path}' is not a checkpoint of cxgrad_fast (evaluate reads the paper's with --released)")
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(f"checkpoint '{path}' has format version {version}, this program reads {VERSION}: update it")
+    if content.pop("sha256", None) != _digest(content):
+        raise InputError(f"checkpoint '{path}' is damaged: its content does not match its SHA-256, use another one")
+    names = {spec.name for spec in dataclasses.fields(Checkpoint)}
+    values = {name: value for name, value in content.items() if name in names}
+    config = dataclasses.replace(Config().override(content["config"]), preset=content["preset"])
+    return Checkpoint(**values | {"config": config, "best": tuple(Best(*best) for best in content["best"])})
+
+
+def read_torch_file(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``: tensors, plain values and numpy scalars; nothing in it can run code.
+
+    Raises:
+        InputError: missing, truncated or not a torch file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the checkpoint '{path}': {error.strerror}") from error
+    # numbers in the released program's files are numpy scalars, pickled under the names of their numpy's day
+    scalar = np.float64(0).__reduce__()[0]
+    numpy_scalars: list[Any] = [
+        *((scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+    ]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(numpy_scalars):
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        what = "is truncated or damaged" if data[:2] == b"PK" else "is not a torch file"
+        raise InputError(f"cannot read the checkpoint '{path}': it {what}") from error
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Put ``data`` into ``path`` so that a kill or a power cut leaves the old content or the new, never a part.
+
+    Raises:
+        OSError: with ``path`` as its file name; the old file still stands and nothing new lies beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _portable(value: Any) -> Any:
+    """``value`` with tensors copied to the CPU; only what ``weights_only`` can read back."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {key: _portable(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_portable(part) for part in value)
+    if type(value) in _PLAIN:
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values only, got {type(value).__name__}")
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of names, types, shapes and bytes: independent of how torch lays out its file."""
+    digest = hashlib.sha256()
+
+    def feed(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {list(part.shape)}\n".encode())
+            # a damaged file may hold any strides; a clone has those of its shape
+            whole = part.clone(memory_format=torch.contiguous_format)
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, dict):
+            digest.update(f"dict {len(part)}\n".encode())
+            for key in sorted(part, key=repr):
+                digest.update(f"{key!r}\n".encode())
+                feed(part[key])
+        elif isinstance(part, list | tuple):
+            digest.update(f"list {len(part)}\n".encode())
+            for item in part:
+                feed(item)
+        else:
+            digest.update(f"{type(part).__name__} {part if type(part) in _PLAIN else ''!r}\n".encode())
+
+    feed(value)
+    return digest.hexdigest()

@@ -1,0 +1,230 @@
+"""What the commands share: settings from the command line, errors as one line with exit code 2, progress."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from cxgrad_fast.config import PRESETS, Config, InputError, from_toml, preset
+
+DEFAULT_PRESET = "glyphs-5w1s"
+
+# what a person can do something about; any other OSError is a fault of ours and keeps its traceback
+_DISK_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EIO,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EMFILE,
+    }
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for ``python -m cxgrad_fast.<command>`` that also takes every setting as ``--group.field``.
+
+    Its errors are InputErrors: one line, not a page of usage.
+
+    Args:
+        command: its name.
+        description: for ``--help``.
+        defaults: the Config whose settings ``--help`` lists; None for a command that takes none.
+    """
+
+    def __init__(self, command: str, description: str, defaults: Config | None = None) -> None:
+        super().__init__(
+            prog=f"python -m cxgrad_fast.{command}",
+            description=description,
+            epilog=_settings_help(defaults) if defaults else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, object]]:
+        """The command's own options, and the settings among the words as ``{dotted name: text}``.
+
+        Raises:
+            InputError: an unknown option (with the nearest known one) or one without its value. Unknown settings are
+                found where they meet a Config.
+        """
+        settings, rest = split_settings(sys.argv[1:] if argv is None else argv)
+        options, unknown = self.parse_known_args(rest)
+        if unknown:
+            self._refuse(unknown[0])
+        return options, settings
+
+    def _refuse(self, word: str) -> NoReturn:
+        if not word.startswith("-"):
+            self.error(f"unexpected word '{word}': options start with --, see --help")
+        name = word.partition("=")[0]
+        known = {option: option for action in self._actions for option in action.option_strings}
+        for setting in Config().flat():
+            known[f"--{setting.partition('.')[2]}"] = known[f"--{setting}"] = f"--{setting}"
+        nearest = max(known, key=lambda other: (difflib.SequenceMatcher(None, name, other).ratio(), other))
+        self.error(f"unknown option '{name}': did you mean '{known[nearest]}'?")
+
+
+def split_settings(argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Settings (``--task.shots 5``, ``--task.shots=5``) as ``{dotted name: text}``, and the other words in order.
+
+    Raises:
+        InputError: a setting without a value.
+    """
+    settings: dict[str, object] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise InputError(f"setting '{name[2:]}' needs a value: {name} VALUE")
+        settings[name[2:]] = value
+    return settings, rest
+
+
+def build_config(
+    name: str | None, file: str | None, settings: dict[str, object], default: str = DEFAULT_PRESET
+) -> Config:
+    """The Config of a preset, a TOML file and the command line; each wins over the one before it.
+
+    Args:
+        name: of the preset; None: the file's ``preset``, else ``default``.
+        file: path of a TOML file, or None.
+        settings: from the command line.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown preset or setting, a bad value.
+    """
+    from_file = from_toml(file) if file is not None else {}
+    stated = from_file.pop("preset", default)
+    if not isinstance(stated, str):
+        raise InputError(f"'preset' in the settings file '{file}' must be text, got {stated!r}")
+    return preset(stated if name is None else name, {**from_file, **settings})
+
+
+def add_config_options(parser: argparse.ArgumentParser, default: str = DEFAULT_PRESET) -> None:
+    """The two options every command that builds a Config has; ``default`` is the preset."""
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: {default})")
+    parser.add_argument("--config", metavar="FILE", help="settings in a TOML file; the command line wins over it")
+
+
+def _settings_help(config: Config) -> str:
+    lines = [f"settings, here as in preset {config.preset} (a run that is named brings its own):"]
+    for group in dataclasses.fields(config):
+        if group.name == "preset":
+            continue
+        lines.append("")
+        values = getattr(config, group.name)
+        for spec in dataclasses.fields(values):
+            value = getattr(values, spec.name)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            choices = spec.metadata.get("choices")
+            note = f"   ({' | '.join(map(str, filter(lambda c: c != '', choices)))})" if choices else ""
+            lines.append(f"  --{group.name}.{spec.name} {shown}{note}")
+    return "\n".join(lines)
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """``main(argv)``'s exit code; bad input and disks that refuse become ``error: <one line>`` on stderr and 2."""
+    try:
+        return main(argv)
+    except InputError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "the device's memory is full: try --run.tasks_per_chunk 1, --run.recompute true or fewer tasks"
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        message = f"cannot write or read '{error.filename}': {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += " (free some space; the checkpoints written before are whole)"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    return 2
+
+
+class Progress:
+    """How far a long job is, on stderr: a tqdm bar on a terminal, elsewhere a plain line every ``every`` seconds.
+
+    Args:
+        label: what is counted, e.g. ``training``.
+        total: when it is done.
+        done: where it starts (a resumed run).
+        every: seconds between plain lines.
+        clock: seconds; a test may bring its own.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        done: int = 0,
+        every: float = 20.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._label, self._total, self._start, self._every, self._clock = label, total, done, every, clock
+        self._began = self._last = clock()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            self._bar = tqdm(desc=label, total=total, initial=done, bar_format=layout, dynamic_ncols=True, leave=False)
+
+    def update(self, done: int, shown: str = "") -> None:
+        """``done`` of ``total`` are done; ``shown`` is added to the line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = self._clock()
+        if now - self._last >= self._every:
+            self._last = now
+            left = (self._total - done) * (now - self._began) / max(done - self._start, 1)
+            parts = [f"{self._label} {done}/{self._total}", shown, f"{clock_time(left)} remaining"]
+            print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line on stdout that stays, without breaking the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def clock_time(seconds: float) -> str:
+    """``83.2`` -> ``1:23``; ``3723`` -> ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

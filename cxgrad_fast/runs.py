@@ -1,0 +1,299 @@
+"""A run's folder: checkpoints, metrics, TensorBoard events, curves, and what made it.
+
+    config.toml  source.txt  metrics.csv  curves.png  tensorboard/  latest.pt  best-<iteration>.pt  result.json
+
+``metrics.csv`` holds one row an iteration and one a validation, and no times: two runs with one seed write the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+
+from cxgrad_fast.checkpoints import Checkpoint, read_checkpoint, write_atomic, write_checkpoint
+from cxgrad_fast.config import InputError
+from cxgrad_fast.learner import Learner
+
+LATEST = "latest.pt"
+COLUMNS = ("loss", "accuracy", "interval", "first_support_loss", "last_support_loss")
+_HEADER = ",".join(("iteration", "split", *COLUMNS)) + "\n"
+
+
+def load(run: str | Path, checkpoint: str = "best", overrides: Mapping[str, object] | None = None) -> Learner:
+    """The learner of a run, to be used: ``load(RUN).adapt(support_x, support_y)(query_x)``.
+
+    Args:
+        run: a run's folder, or a checkpoint file.
+        checkpoint: ``best`` by validation (the latest before the first validation) or ``latest``; for a folder.
+        overrides: settings to change, e.g. ``{"run.device": "cpu"}``.
+
+    Raises:
+        InputError: no such run, a file that cannot be used, or a setting that does not fit it.
+    """
+    if checkpoint not in ("best", "latest"):
+        raise InputError(f"checkpoint must be 'best' or 'latest', got '{checkpoint}'")
+    path = Path(run)
+    if not path.is_file():
+        path = best_files(path, 1)[0] if checkpoint == "best" else latest_file(path)
+    saved = read_checkpoint(path)
+    return saved.learner(path, saved.config.override(overrides or {}))
+
+
+def best_files(folder: Path, count: int) -> list[Path]:
+    """Checkpoints of the ``count`` best models of a run, best first; its latest before the first validation."""
+    latest = latest_file(folder)
+    best = read_checkpoint(latest).best
+    return [folder / model.file for model in best[:count]] or [latest]
+
+
+def latest_file(folder: Path) -> Path:
+    """A run's latest checkpoint.
+
+    Raises:
+        InputError: there is no run in ``folder``.
+    """
+    latest = folder / LATEST
+    if not folder.exists():
+        raise InputError(f"no run at '{folder}': there is no such file or folder")
+    if not latest.exists():
+        raise InputError(f"'{folder}' holds no run: there is no {LATEST} in it")
+    return latest
+
+
+def source_version() -> str:
+    """``<commit>`` or ``<commit>-dirty`` of the source tree; ``unknown`` where the package is not in one."""
+    here = Path(__file__).resolve()
+    commands = (
+        # a virtual environment inside somebody else's repository is not our tree
+        ["ls-files", "--error-unmatch", "__init__.py"],
+        ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+    )
+    answer = ""
+    for command in commands:
+        try:
+            done = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        if done.returncode:
+            return "unknown"
+        answer = done.stdout.strip()
+    return answer
+
+
+def check_writable(folder: Path) -> None:
+    """That ``folder`` can be made or written, by doing it in the nearest folder that exists; leaves nothing behind.
+
+    Raises:
+        InputError: it cannot.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    probe = existing / f".cxgrad-fast-{os.getpid()}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write the run folder '{folder}': {error.strerror} ('{existing}')") from error
+
+
+class Run:
+    """The folder of a run that is being trained, opened by one process at a time.
+
+    :meth:`create` starts one, :meth:`resume` continues one; use it as a context manager.
+    """
+
+    def __init__(self, folder: Path, start: Checkpoint) -> None:
+        self.folder = folder
+        self._lock = _lock(folder)
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        self._remove_evicted(start)
+        write_atomic(folder / "config.toml", start.config.to_toml().encode())
+        write_atomic(folder / "source.txt", _describe_source(start.source).encode())
+        write_atomic(folder / "metrics.csv", _rows_until(folder / "metrics.csv", start).encode())
+        self._metrics = _Appender(folder / "metrics.csv")
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._events = _Events(folder / "tensorboard", start.iteration + 1)
+
+    @classmethod
+    def create(cls, folder: Path, start: Checkpoint) -> Run:
+        """A new run's folder, with ``start`` as its first checkpoint.
+
+        Raises:
+            InputError: it holds a run already.
+            OSError: it cannot be written; what was made of it is removed.
+        """
+        if any(any(folder.glob(name)) for name in (LATEST, "best-*.pt", "config.toml", "metrics.csv")):
+            raise InputError(
+                f"'{folder}' holds a run already: continue it with --resume {folder}, or choose another --out"
+            )
+        is_new = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(folder / LATEST, start)
+            return cls(folder, start)
+        except OSError:
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._events.close()
+        os.close(self._lock)
+
+    def log(self, iteration: int, split: str, **values: float) -> None:
+        """A row of metrics.csv (loss, accuracy, interval, ...) and the same as TensorBoard scalars."""
+        cells = [repr(values[name]) if name in values else "" for name in COLUMNS]
+        self._metrics.write((",".join([str(iteration), split, *cells]) + "\n").encode())
+        self.log_scalars(iteration, {f"{split}/{name}": value for name, value in values.items()})
+
+    def log_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """TensorBoard scalars alone: what differs between equal runs, such as times."""
+        self._events.write(iteration, scalars)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace latest.pt; then the best models it no longer names can go."""
+        write_checkpoint(self.folder / LATEST, checkpoint)
+        self._remove_evicted(checkpoint)
+
+    def _remove_evicted(self, checkpoint: Checkpoint) -> None:
+        kept = {best.file for best in checkpoint.best}
+        for file in self.folder.glob("best-*.pt"):
+            if file.name not in kept:
+                file.unlink()
+
+
+class _Appender:
+    """A file that is only added to; every write reaches it at once, so nothing is left to fail when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def write(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Events:
+    """A TensorBoard event file, written in step: torch's SummaryWriter fails in a thread of its own on a full disk."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter(_Appender(folder / name))
+        self._put(file_version="brain.Event:2")
+        # tells TensorBoard to forget the steps that an interrupted run wrote after its last checkpoint
+        self._put(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._put(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _put(self, **fields: object) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _lock(folder: Path) -> int:
+    """A lock on the folder that the kernel drops with the process, however that ends; returns its descriptor."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"run '{folder}' is being trained by another process") from error
+    return descriptor
+
+
+def _rows_until(metrics: Path, start: Checkpoint) -> str:
+    """metrics.csv up to a checkpoint: without the rows, whole or half, that were written after it."""
+    limits = {"train": start.iteration, "val": start.validated}
+    kept = [_HEADER]
+    for line in metrics.read_text(errors="replace").splitlines(keepends=True)[1:] if metrics.exists() else []:
+        iteration, _, rest = line.partition(",")
+        split = rest.partition(",")[0]
+        if line.endswith("\n") and iteration.isdecimal() and int(iteration) <= limits.get(split, -1):
+            kept.append(line)
+    return "".join(kept)
+
+
+def _describe_source(source: str) -> str:
+    packages = ("cxgrad-fast", "torch", "numpy")
+    versions = [f"{package} {metadata.version(package)}" for package in packages]
+    return "\n".join([f"commit {source}", f"python {platform.python_version()}", *versions]) + "\n"
+
+
+def read_metrics(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """metrics.csv as ``{split: {column: values}}``, with NaN where a cell is empty."""
+    table: dict[str, dict[str, list[float]]] = {}
+    with open(folder / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            columns = table.setdefault(row.pop("split"), {name: [] for name in ("iteration", *COLUMNS)})
+            for name, cell in row.items():
+                columns[name].append(float(cell or "nan"))
+    return table
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: loss and accuracy of training (smoothed) and validation (with its interval) over iterations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    table = read_metrics(folder)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        if train := table.get("train"):
+            axes.plot(train["iteration"], train[name], color="tab:blue", alpha=0.2)
+            axes.plot(train["iteration"], _smooth(train[name]), color="tab:blue", label="training (smoothed)")
+        if val := table.get("val"):
+            errors = val["interval"] if name == "accuracy" else None
+            axes.errorbar(val["iteration"], val[name], errors, color="tab:orange", marker="o", label="validation")
+        axes.set(xlabel="iteration", ylabel=f"{name} on the query set")
+        axes.grid(alpha=0.3)
+        if train or val:
+            axes.legend()
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_atomic(folder / "curves.png", image.getbuffer())
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running mean over a fiftieth of the values, at least 10."""
+    window = max(10, len(values) // 50)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]

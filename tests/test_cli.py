@@ -1,0 +1,197 @@
+import argparse
+import errno
+import io
+
+import pytest
+import torch
+
+from cxgrad_fast.cli import (
+    Parser,
+    Progress,
+    add_config_options,
+    build_config,
+    clock_time,
+    run_command,
+    split_settings,
+)
+from cxgrad_fast.config import Config, InputError, preset
+
+
+@pytest.fixture
+def parser() -> Parser:
+    made = Parser("train", "what it does", preset("glyphs-5w1s"))
+    add_config_options(made)
+    made.add_argument("--resume")
+    return made
+
+
+def test_a_setting_is_given_with_a_space_or_an_equals_sign() -> None:
+    settings, rest = split_settings(["--task.shots", "5", "--out", "a.b", "--model.slope=-1", "--inner.order", "-1e-3"])
+    assert settings == {"task.shots": "5", "model.slope": "-1", "inner.order": "-1e-3"}
+    assert rest == ["--out", "a.b"]
+
+
+@pytest.mark.parametrize("argv", [["--task.shots"], ["--task.shots", "--task.ways", "5"]])
+def test_a_setting_without_a_value_is_named(argv: list[str]) -> None:
+    with pytest.raises(InputError, match=r"^setting 'task.shots' needs a value: --task.shots VALUE$"):
+        split_settings(argv)
+
+
+def test_every_setting_of_the_config_is_accepted_as_text() -> None:
+    changed = preset("released-mini-5w1s", {"model.pool_padding": (0, 0, 1, 1), "run.recompute": True}).flat()
+    text = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in changed.items()
+    }
+    assert build_config("glyphs-5w1s", None, dict(text)).flat() == changed
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('preset = "glyphs-5w5s"\n[task]\nqueries = 7\n[run]\nseed = 3\n[outer]\nmeta_batch = 5\n')
+    config = build_config(None, str(file), {"outer.meta_batch": "6", "data.seed": "4"})
+    assert config.preset == "glyphs-5w5s"
+    assert (config.task.shots, config.task.queries) == (5, 7)
+    assert (config.outer.meta_batch, config.run.seed) == (6, 4)
+    named = build_config("glyphs-5w1s", str(file), {})
+    assert (named.preset, named.task.shots, named.outer.meta_batch) == ("glyphs-5w1s", 1, 5)
+    assert build_config(None, None, {}) == preset("glyphs-5w1s")
+
+
+def test_a_written_config_is_read_back(tmp_path) -> None:
+    config = preset("paper-mini-5w5s", {"run.seed": 9})
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert build_config(None, str(tmp_path / "config.toml"), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset = 5\n", "'preset' in the settings file '.*' must be text, got 5"),
+        ("[task]\nshot = 5\n", "unknown setting 'task.shot': did you mean 'task.shots'?"),
+        ("[task\n", "is not TOML"),
+    ],
+)
+def test_a_bad_file_is_told(tmp_path, text: str, message: str) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        build_config(None, str(file), {})
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--shots", "unknown option '--shots': did you mean '--task.shots'?"),
+        ("--resum=x", "unknown option '--resum': did you mean '--resume'?"),
+        ("glyphs", "unexpected word 'glyphs': options start with --, see --help"),
+        ("--resume", "argument --resume: expected one argument"),
+    ],
+)
+def test_an_unknown_word_is_told_with_the_nearest_option(parser: Parser, word: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parser.parse([word])
+    assert str(caught.value) == message
+
+
+def test_help_lists_every_setting_with_its_default_and_choices(parser: Parser, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parser.parse(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for name, value in preset("glyphs-5w1s").flat().items():
+        value = ",".join(map(str, value)) if isinstance(value, list) else value
+        assert f"  --{name} {value}" in shown
+    assert "--inner.algorithm cxgrad   (cxgrad | maml)" in shown
+
+
+def test_parse_takes_options_and_settings_in_any_order(parser: Parser) -> None:
+    options, settings = parser.parse(["--task.ways", "3", "--resume", "runs/a", "--run.seed=1"])
+    assert isinstance(options, argparse.Namespace)
+    assert options.resume == "runs/a"
+    assert settings == {"task.ways": "3", "run.seed": "1"}
+
+
+def _raising(error: BaseException):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("no such\nthing"), "error: no such thing"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/latest.pt"),
+            "error: cannot write or read 'run/latest.pt': No space left on device "
+            "(free some space; the checkpoints written before are whole)",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "error: cannot write or read 'x': Permission denied"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            "error: the device's memory is full: try --run.tasks_per_chunk 1, --run.recompute true or fewer tasks",
+        ),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line_and_exit_code_2(error: Exception, line: str, capsys) -> None:
+    assert run_command(_raising(error)) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", line + "\n")
+
+
+@pytest.mark.parametrize("error", [KeyError("a fault of ours"), FileNotFoundError(errno.ENOENT, "gone", "x")])
+def test_a_fault_of_ours_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_command(_raising(error))
+
+
+def test_exit_codes_pass_through(capsys) -> None:
+    assert run_command(lambda argv: len(argv or ()), ["a", "b", "c"]) == 3
+    assert run_command(_raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_progress_prints_plain_lines_now_and_then_where_there_is_no_terminal(capsys) -> None:
+    now = [0.0]
+    progress = Progress("training", 100, done=10, every=20, clock=lambda: now[0])
+    for done, seconds in ((11, 5.0), (20, 20.0), (21, 25.0), (40, 60.0)):
+        now[0] = seconds
+        progress.update(done, "loss 1.0")
+    progress.note("validated")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == "validated\n"
+    assert err.splitlines() == [
+        "training 20/100  loss 1.0  2:40 remaining",
+        "training 40/100  loss 1.0  2:00 remaining",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = Progress("training", 4, done=1)
+    progress.update(4, "loss 1.0")
+    progress.note("validated")
+    progress.close()
+    assert "4/4" in terminal.getvalue()
+    assert "loss 1.0" in terminal.getvalue()
+    assert capsys.readouterr().out == "validated\n"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (83.4, "1:23"), (3723, "1:02:03")])
+def test_clock_time(seconds: float, shown: str) -> None:
+    assert clock_time(seconds) == shown
+
+
+def test_defaults_of_help_are_optional(capsys) -> None:
+    with pytest.raises(SystemExit):
+        Parser("info", "what it does").parse(["--help"])
+    shown = capsys.readouterr().out
+    assert not any(f"--{name}" in shown for name in Config().flat())

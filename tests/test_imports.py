@@ -1,0 +1,97 @@
+"""The house: imports run one way, and importing the package starts nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# what a room may import; every room may import config
+ALLOWED = {
+    "config": set(),
+    "kernels": {"kernels"},
+    "models": {"kernels", "models"},
+    "algorithms": {"kernels", "models", "algorithms"},
+    "data": {"data"},
+    "episodes": {"data"},
+    "engine": {"kernels", "models", "algorithms", "engine", "episodes"},
+    "learner": {"kernels", "models", "algorithms", "engine", "episodes"},
+    "reference": set(),
+    "checkpoints": {"learner"},
+    "runs": {"learner", "checkpoints"},
+    "cli": set(),
+    "train": {"cli", "runs", "checkpoints", "evaluate", "learner", "episodes", "data"},
+    "evaluate": {"cli", "runs", "checkpoints", "learner", "episodes", "data"},
+    "info": {"cli", "kernels", "data"},
+    "__init__": {"config", "episodes", "learner", "runs"},
+}
+
+
+def room(path: Path) -> str:
+    top = path.relative_to(ROOT).parts
+    return "kernels" if top[0] == "kernels" else top[1].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of ours that a file imports anywhere, inside functions too."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            names.append(node.module or "")
+            if node.module == "cxgrad_fast":
+                names += [f"cxgrad_fast.{alias.name}" for alias in node.names]
+    parts = [name.split(".") for name in names]
+    assert not any(part[0] == "kernels" for part in parts), f"{path}: kernels is cxgrad_fast.kernels"
+    return {part[1] for part in parts if part[0] == "cxgrad_fast" and len(part) > 1}
+
+
+FILES = sorted([*(ROOT / "cxgrad_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    here = room(path)
+    assert here in ALLOWED, f"new room '{here}': say what it may import"
+    upward = imported_rooms(path) - ALLOWED[here] - {"config", "__version__"}
+    assert not upward, f"{here} must not import {sorted(upward)}"
+
+
+def test_only_kernels_knows_backends() -> None:
+    for path in FILES:
+        if room(path) not in ("kernels", "info"):
+            assert "kernels.backends" not in path.read_text(), path
+
+
+def test_importing_starts_nothing() -> None:
+    """Neither CUDA nor triton, nor the heavy packages that only some commands need."""
+    script = (
+        "import sys, cxgrad_fast, cxgrad_fast.kernels, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = ['triton', 'matplotlib', 'sklearn', 'tensorboard', 'PIL', 'torchvision']\n"
+        "assert not [name for name in heavy if name in sys.modules], [n for n in heavy if n in sys.modules]\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd="/")
+
+
+def test_public_names() -> None:
+    import cxgrad_fast
+    import cxgrad_fast.kernels
+
+    assert set(cxgrad_fast.__all__) == {
+        "Config", "EpisodeSampler", "Episodes", "InputError", "Learner", "load", "preset",
+    }  # fmt: skip
+    assert set(cxgrad_fast.kernels.__all__) == {
+        "PatchStatistics", "conv_block", "normalize_weights", "patch_statistics", "residual_end", "scale_weights",
+        "use_backend",
+    }  # fmt: skip
+    for module in (cxgrad_fast, cxgrad_fast.kernels):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__

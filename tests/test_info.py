@@ -1,0 +1,58 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cxgrad_fast import info
+from cxgrad_fast.cli import run_command
+from cxgrad_fast.kernels import backends
+
+
+def test_the_command_starts_neither_cuda_nor_triton() -> None:
+    check = (
+        "import sys; from cxgrad_fast import info; code = info.main([]); import torch; "
+        "sys.exit(code or 'triton' in sys.modules or torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"torch         {torch.__version__.partition('+')[0]}" in done.stdout
+
+
+def test_it_tells_versions_devices_and_every_backend(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("CXGRAD_CACHE", cache := str(tmp_path))
+    monkeypatch.setattr(backends, "availability", lambda: {"reference": "", "cpp": "the extension is not built"})
+    assert run_command(info.main, []) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  python        " + ".".join(map(str, sys.version_info[:3])) in lines
+    assert "  reference     yes" in lines
+    assert "  cpp           no: the extension is not built" in lines
+    assert any(line.startswith("  cpu ") and line.endswith(f"{torch.get_num_threads()} threads") for line in lines)
+    assert f"  {cache}" in lines
+
+
+def test_a_missing_package_is_told_not_met(monkeypatch) -> None:
+    assert info.package_version("no-such-package-of-ours") == "not installed"
+    monkeypatch.setattr(info, "_PACKAGES", ("torch", "no-such-package-of-ours"))
+    assert "  no-such-package-of-ours not installed" in info.report()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_available", "said"),
+    [
+        (None, False, "no: torch is built without it"),
+        ("13.0", False, "no: torch is built for CUDA 13.0, but finds no driver or no device"),
+        ("13.0", True, "CUDA 13.0: H100, H100"),
+    ],
+)
+def test_why_there_is_no_cuda(monkeypatch, version: str | None, is_available: bool, said: str) -> None:
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    assert info.cuda_state() == said
+
+
+def test_settings_are_refused(capsys) -> None:
+    assert run_command(info.main, ["--task.shots", "5"]) == 2
+    assert capsys.readouterr().err == "error: info takes no settings, got '--task.shots'\n"

@@ -1,0 +1,41 @@
+"""A wheel owns one top-level name and holds all of the package; bench and tests stay out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel(tmp_path: Path) -> None:
+    tracked = ("pyproject.toml", "setup.py", "README.md", "cxgrad_fast", "kernels")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in tracked:  # a copy: building leaves folders behind
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."],
+        check=True,
+        cwd=source,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cxgrad_fast"}
+    ours = [*(ROOT / "cxgrad_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    wanted = {
+        str(path.relative_to(ROOT)).replace("kernels/", "cxgrad_fast/kernels/", 1)
+        if path.relative_to(ROOT).parts[0] == "kernels"
+        else str(path.relative_to(ROOT))
+        for path in ours
+    }
+    assert wanted <= names
+    assert "cxgrad_fast/py.typed" in names
+
+
+def test_importable_from_anywhere(tmp_path: Path) -> None:
+    script = "import cxgrad_fast.kernels.conv_block.reference as r, cxgrad_fast.models; print(r.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "cxgrad_fast.kernels.conv_block.reference"

@@ -1,0 +1,43 @@
+"""The fixtures of the commands' tests: ``pytest_plugins = ("tiny_runs_fixtures",)``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import train, words, write_images
+
+
+@pytest.fixture(scope="module")
+def quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of its own, and one thread here and in children: two would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(quiet_machine: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The made-up image folder."""
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 iterations; validated after 4, 8 and 9. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert train("--out", folder, *words(images)) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "copy")
