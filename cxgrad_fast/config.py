@@ -160,7 +160,7 @@ class Config:
             group, spec = known
             groups.setdefault(group, {})[spec.name] = _coerce(name, spec, group, value)
         replaced = {group: dataclasses.replace(getattr(self, group), **fields) for group, fields in groups.items()}
-        config = dataclasses.replace(self, **replaced)  # type: ignore[arg-type]  # one dataclass per group
+        config = dataclasses.replace(self, **replaced)
         _check_together(config)
         return config
 

@@ -48,9 +48,9 @@ class Learner:
         with use_backend(config.run.backend):
             pass  # an impossible choice is an error now, not in the first step
         if self.device.type == "cuda":
-            # float32 means float32: the framework would round convolution operands to TF32
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            # float32 means float32: by default the framework rounds convolution operands to TF32
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
         self.backbone = build_backbone(config)
         rule = build_inner_loop(config, self.backbone)
         self.engine = Engine(config, self.backbone, rule)

@@ -74,7 +74,7 @@ def test_bad_settings(name: str, value: object, message: str) -> None:
 def test_settings_that_do_not_fit_together() -> None:
     with pytest.raises(InputError, match=r"'model.norm_groups' \(=8\) must divide 'model.filters' \(=12\)"):
         preset("glyphs-5w1s", {"model.norm": "group", "model.filters": 12})
-    with pytest.raises(InputError, match="needs model.norm = batch"):
+    with pytest.raises(InputError, match=r"needs model\.norm = batch"):
         preset("glyphs-5w1s", {"model.norm": "layer", "evaluation.statistics": "support"})
 
 

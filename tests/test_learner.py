@@ -172,7 +172,7 @@ def test_other_norms_have_no_statistics() -> None:
     config = config_of(model__norm="layer", inner__steps=1)
     learner, episodes = Learner(config), random_episodes(config)
     assert learner.meta_step(episodes).statistics == {}
-    with pytest.raises(InputError, match="needs model.norm = batch, not layer"):
+    with pytest.raises(InputError, match=r"needs model\.norm = batch, not layer"):
         learner.predict(episodes, "support")
 
 
@@ -209,7 +209,7 @@ def test_wrong_labels_and_types() -> None:
     for y, message in ((e.query_y + 1, "query_y must hold labels 0 to 4"), (e.query_y - 1, "got -1")):
         with pytest.raises(ValueError, match=message):
             learner.meta_loss(Episodes(e.support_x, e.support_y, e.query_x, y))
-    with pytest.raises(ValueError, match="query_y must hold integers, got torch.float32"):
+    with pytest.raises(ValueError, match=r"query_y must hold integers, got torch\.float32"):
         Episodes(e.support_x, e.support_y, e.query_x, e.query_y.float())
     with pytest.raises(ValueError, match="support_x must be floating point"):
         Episodes(e.support_x.long(), e.support_y, e.query_x, e.query_y)

@@ -29,7 +29,7 @@ class CxGrad(InnerLoop):
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
         """The two linear layers of g_phi, in torch's default initialisation."""
         width, layers = self.config.context_dim, len(self.backbone.scaled)
-        parameters = {}
+        parameters: dict[str, Tensor] = {}
         for index, (rows, columns) in ((0, (width, width)), (2, (layers, width))):
             weight, bias = torch.empty(rows, columns), torch.empty(rows)
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
@@ -95,7 +95,7 @@ class CxGrad(InnerLoop):
         return self.config.form == "exact"
 
     def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """IGS: the weights that the network runs on, and the epsilon of the norms behind the scaled ones, ``[T, L]``."""
+        """IGS: the weights that the network runs on, and epsilon of the norms behind the scaled ones, ``[T, L]``."""
         scaled = [weights[name] for name in self.backbone.scaled]
         if self._exact:
             used, eps = normalize_weights(scaled)[0], self._norm_eps / gammas.square()

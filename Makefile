@@ -1,0 +1,48 @@
+# Every verb sets up what it needs (a virtual environment in .venv), then does it.
+PYTHON ?= python3
+BIN := .venv/bin
+# options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
+ARGS ?=
+
+.PHONY: help setup train test lint precision compare contact-sheet clean
+
+help:
+	@echo "make train            meta-train CxGrad on glyphs, test it (ARGS=\"--inner.algorithm maml\" for MAML)"
+	@echo "make test             all tests;  make lint: ruff and mypy"
+	@echo "make compare          the README's table: CxGrad and MAML, 1 and 5 shots"
+	@echo "make precision        error of dL/dnu in float32, exact and scaled form"
+	@echo "make contact-sheet    docs/contact_sheet.png"
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+train: setup
+	$(BIN)/python -m cxgrad_fast.train $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+# mypy sees the package as it is installed: a tree of links with kernels/ in its place
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types
+	cp -rs $(CURDIR)/cxgrad_fast build/types/ && cp -rs $(CURDIR)/kernels build/types/cxgrad_fast/kernels
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml cxgrad_fast
+
+compare: setup
+	$(BIN)/python bench/compare_algorithms.py $(ARGS)
+
+precision: setup
+	$(BIN)/python bench/context_gradient.py $(ARGS)
+
+contact-sheet: setup
+	$(BIN)/python bench/contact_sheet.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
