@@ -57,19 +57,20 @@ class CxGrad(InnerLoop):
         (context,) = cut([_context(state)], graph)
         gammas = scaling_factors(context, meta)
         weights, eps = self._scale(state.weights, gammas)
-        *points, eps_point = cut([*weights.values(), eps], graph)
-        losses = self._support_losses(dict(zip(weights, points, strict=True)), meta, support, eps_point)
-        wanted = [*points, eps_point] if self._exact else points
-        found = torch.autograd.grad(losses.sum(), wanted, create_graph=graph)
+        values = [*weights.values(), *([eps] if isinstance(eps, Tensor) else [])]
+        points = cut(values, graph)
+        at_points = dict(zip(weights, points, strict=False))
+        losses = self._support_losses(at_points, meta, support, points[-1] if isinstance(eps, Tensor) else eps)
+        found = torch.autograd.grad(losses.sum(), points, create_graph=graph)
         gradients = dict(zip(weights, found, strict=False))
 
         if task_wise:
-            if self._exact:
-                step = self._context_step(context, [eps], found[-1:], graph)
+            if isinstance(eps, Tensor):
+                carriers, theirs = [eps], found[-1:]
             else:
-                scaled = self.backbone.scaled
-                step = self._context_step(context, [weights[n] for n in scaled], [gradients[n] for n in scaled], graph)
-            context = context - step
+                carriers = [weights[name] for name in self.backbone.scaled]
+                theirs = tuple(gradients[name] for name in self.backbone.scaled)
+            context = context - self._context_step(context, carriers, theirs, graph)
         return FastState(self._move(weights, gradients, gammas, graph), context), [*trace, losses]
 
     def _leave_zero(
@@ -84,7 +85,7 @@ class CxGrad(InnerLoop):
         context = _context(state).detach().requires_grad_()
         gammas = scaling_factors(context, meta)
         weights, eps = self._scale(weights, gammas)
-        carriers = [eps] if self._exact else [weights[name] for name in self.backbone.scaled]
+        carriers = [eps] if isinstance(eps, Tensor) else [weights[name] for name in self.backbone.scaled]
         losses = self._support_losses(weights, meta, support, eps)
         gradients = torch.autograd.grad(losses.sum(), carriers, create_graph=graph)
         context = context - self._context_step(context, carriers, gradients, graph)
@@ -94,14 +95,17 @@ class CxGrad(InnerLoop):
     def _exact(self) -> bool:
         return self.config.form == "exact"
 
-    def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """IGS: the weights that the network runs on, and epsilon of the norms behind the scaled ones, ``[T, L]``."""
+    def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
+        """IGS: the weights that the network runs on, and epsilon of the norms behind the scaled ones.
+
+        What carries the loss's dependence on gamma is the epsilon ``[T, L]`` where it is a tensor (exact form), else
+        the scaled weights.
+        """
         scaled = [weights[name] for name in self.backbone.scaled]
         if self._exact:
-            used, eps = normalize_weights(scaled)[0], self._norm_eps / gammas.square()
-        else:
-            used, eps = scale_weights(scaled, gammas), self.plain_eps(len(gammas), gammas)
-        return {**weights, **dict(zip(self.backbone.scaled, used, strict=True))}, eps
+            used, eps = normalize_weights(scaled)[0], self.norm_eps / gammas.square()
+            return {**weights, **dict(zip(self.backbone.scaled, used, strict=True))}, eps
+        return {**weights, **dict(zip(self.backbone.scaled, scale_weights(scaled, gammas), strict=True))}, self.norm_eps
 
     def _context_step(
         self, context: Tensor, carriers: Sequence[Tensor], gradients: Sequence[Tensor], graph: bool

@@ -23,7 +23,7 @@ class MAML(InnerLoop):
     ) -> tuple[FastState, list[Tensor]]:
         points = cut(list(state.weights.values()), graph)
         at_points = dict(zip(state.weights, points, strict=True))
-        losses = self._support_losses(at_points, meta, support, self.plain_eps(len(support.x), support.x))
+        losses = self._support_losses(at_points, meta, support, self.norm_eps)
         gradients = torch.autograd.grad(losses.sum(), points, create_graph=graph)
         moved = {
             name: weight - self.config.learning_rate * gradient

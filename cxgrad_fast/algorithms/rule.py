@@ -56,7 +56,7 @@ class InnerLoop(ABC):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         self.config, self.backbone = config.inner, backbone
-        self._norm_eps = config.model.norm_eps
+        self.norm_eps = config.model.norm_eps
 
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh meta-parameters of the rule itself, in float32; none by default."""
@@ -74,12 +74,8 @@ class InnerLoop(ABC):
     ) -> tuple[FastState, list[Tensor]]:
         """The state after one more step, and the support losses ``[T]`` of the passes this took."""
 
-    def plain_eps(self, tasks: int, like: Tensor) -> Tensor:
-        """The configured epsilon for all scaled layers, ``[T, L]``: for weights that are used as they are."""
-        return like.new_full((tasks, len(self.backbone.scaled)), self._norm_eps)
-
     def _support_losses(
-        self, weights: Mapping[str, Tensor], meta: Mapping[str, Tensor], support: Support, eps: Tensor
+        self, weights: Mapping[str, Tensor], meta: Mapping[str, Tensor], support: Support, eps: Tensor | float
     ) -> Tensor:
         """Mean cross-entropy over each support set, ``[T]``."""
         output = self.backbone.forward({**meta, **weights}, support.x, eps, patches=support.patches)

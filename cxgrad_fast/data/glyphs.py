@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import sys
 import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
@@ -38,12 +37,10 @@ _EM = 96  # pixels a letter is drawn at, before its ink is fitted into a mask
 _MASK, _INK = 64, 56  # a mask's side and the longer side of its ink
 _BOX = 32  # side of the box that ink is stretched to when shapes are compared
 
-# overlap (intersection over union) of stretched shapes in more than half of the faces that have both
+# overlap (intersection over union) of stretched shapes in more than half of the faces that have both, or in any face
 _SAME_CLASS = 0.97
-_SAME_FAMILY = 0.90
-# of a letter and a digit: in more than half of the faces, or in any
-_LIKE_DIGIT = 0.70
-_LIKE_DIGIT_ANYWHERE = 0.85
+_SAME_FAMILY, _SAME_FAMILY_ANYWHERE = 0.85, 0.97
+_LIKE_DIGIT, _LIKE_DIGIT_ANYWHERE = 0.70, 0.85
 
 # of an image: half-ranges around no change, and the size of the ink as a share of the image's side
 _ROTATION = 0.30  # radians
@@ -235,6 +232,7 @@ def _look_alikes(shapes: Sequence[tuple[np.ndarray, np.ndarray]], letters: int) 
     for start in range(0, letters, 512):  # in blocks of letters: all pairs at once may not fit
         counts = (min(512, letters - start), letters - start)
         common, equal, close = (np.zeros(counts, dtype=np.int16) for _ in range(3))
+        anywhere = np.zeros(counts, dtype=bool)
         for has, shape in shapes:
             low, high = np.searchsorted(has, [start, start + 512])
             overlap = _overlap(shape[low:high], shape[low:])
@@ -242,8 +240,9 @@ def _look_alikes(shapes: Sequence[tuple[np.ndarray, np.ndarray]], letters: int) 
             common[where] += 1
             equal[where] += overlap >= _SAME_CLASS
             close[where] += overlap >= _SAME_FAMILY
+            anywhere[where] |= overlap >= _SAME_FAMILY_ANYWHERE
         same.append(start + np.argwhere(2 * equal > common))
-        alike.append(start + np.argwhere(2 * close > common))
+        alike.append(start + np.argwhere(anywhere | (2 * close > common)))
     return np.concatenate(same), np.concatenate(alike)
 
 
@@ -265,9 +264,9 @@ def _like_digits(
 def _base(code: int) -> str:
     """The plain letter under accents, strokes, ligatures and case: ``o`` for Ö and Ø."""
     plain = _unmarked(chr(code)) or chr(code)
-    if named := re.match("(.+?) WITH ", unicodedata.name(plain[0], "")):  # strokes and hooks do not decompose
-        with contextlib.suppress(KeyError):
-            plain = _unmarked(unicodedata.lookup(named[1])) or plain
+    name = unicodedata.name(plain[0], "").replace("LETTER SMALL CAPITAL", "SMALL LETTER")
+    with contextlib.suppress(KeyError):  # strokes and hooks, LATIN SMALL LETTER O WITH STROKE, do not decompose
+        plain = _unmarked(unicodedata.lookup(name.partition(" WITH ")[0])) or plain
     return plain[0]
 
 
@@ -356,13 +355,13 @@ class _Draws:
     """The random numbers of one class, from numpy's raw Philox stream, which never changes.
 
     Attributes:
-        uniform: ``[24, 36]`` float64 in [0, 1).
+        uniform: ``[24, 37]`` float64 in [0, 1).
         noise: ``[24, size, size, 3]`` float32, mean 0, standard deviation 1, bounded by 2.5.
     """
 
     def __init__(self, klass: int, size: int) -> None:
         numbers = np.random.Philox(np.random.SeedSequence([_SEED, klass]))
-        raw = numbers.random_raw(IMAGES_PER_CLASS * (20 + _TEXTURE_SIDE**2))
+        raw = numbers.random_raw(IMAGES_PER_CLASS * (21 + _TEXTURE_SIDE**2))
         self.uniform = (raw >> np.uint64(11)).reshape(IMAGES_PER_CLASS, -1) * 2.0**-53
         shape = (IMAGES_PER_CLASS, size, size, 3)
         count = int(np.prod(shape))

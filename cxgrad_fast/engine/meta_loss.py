@@ -163,9 +163,8 @@ class Engine:
 
         Its images are seen once, so that their patch statistics would cost more than they save.
         """
-        eps = self.rule.plain_eps(len(x), x)
         weights = {**self._meta(parameters), **state.weights}
-        return self.backbone.forward(weights, x, eps, given=given, collect=collect)
+        return self.backbone.forward(weights, x, self.rule.norm_eps, given=given, collect=collect)
 
     def _meta(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that the inner loop does not move; those of norms get their task axis."""

@@ -71,7 +71,7 @@ class Backbone(ABC):
         self,
         parameters: Mapping[str, Tensor],
         x: Tensor,
-        eps: Tensor,
+        eps: Tensor | float,
         *,
         patches: PatchStatistics | None = None,
         given: Mapping[str, LayerStatistics] | None = None,
@@ -82,7 +82,7 @@ class Backbone(ABC):
         Args:
             parameters: by name, ``[T, ...]``; those of norms ``[T or 1, C]``.
             x: ``[T, S, C, H, W]``.
-            eps: ``[T, L]``, epsilon of the norms behind the scaled convolutions.
+            eps: ``[T, L]``, epsilon of the norms behind the scaled convolutions; or one number for all.
             patches: patch statistics of ``x``, where ``first_layer_patches``.
             given: statistics to normalise with, by convolution, instead of the batch's own.
             collect: also return the statistics that were used.
@@ -121,6 +121,11 @@ class Backbone(ABC):
         if collect:
             output.statistics[name] = output_statistics
         return y
+
+
+def layer_eps(eps: Tensor | float, layer: int) -> Tensor | float:
+    """The ``[T]`` of one scaled convolution, or the number that all share."""
+    return eps[:, layer] if isinstance(eps, Tensor) else eps
 
 
 def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:

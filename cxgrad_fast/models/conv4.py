@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cxgrad_fast.config import ModelConfig
 from cxgrad_fast.kernels import PatchStatistics
-from cxgrad_fast.models.backbone import Backbone, LayerStatistics, Output, head_logits, norm_shapes
+from cxgrad_fast.models.backbone import Backbone, LayerStatistics, Output, head_logits, layer_eps, norm_shapes
 
 DEPTH = 4
 
@@ -32,7 +32,7 @@ class Conv4(Backbone):
         self,
         parameters: Mapping[str, Tensor],
         x: Tensor,
-        eps: Tensor,
+        eps: Tensor | float,
         *,
         patches: PatchStatistics | None = None,
         given: Mapping[str, LayerStatistics] | None = None,
@@ -45,7 +45,7 @@ class Conv4(Backbone):
                 parameters,
                 f"features.{layer}",
                 x,
-                eps[:, layer],
+                layer_eps(eps, layer),
                 slope=self.model.slope,
                 pool=True,
                 given=given,

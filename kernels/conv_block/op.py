@@ -72,7 +72,7 @@ def conv_block(
         weight: ``[T, Cout, Cin, k, k]``, k 1 or 3.
         scale: ``[T or 1, Cout]``, of the norm's affine part.
         bias: ``[T or 1, Cout]``.
-        eps: ``[T]``, the norm's epsilon, differentiable; or one number for all tasks.
+        eps: ``[T]``, the norm's epsilon, differentiable; or one number for all tasks, a constant.
         slope: of LeakyReLU, not negative; 0 is ReLU, None no activation.
         pool: whether to pool; ties go to the first position in row-major order.
         patch_statistics: of ``x`` (:func:`patch_statistics`), for the first layer: batch norm without reading the
@@ -95,13 +95,13 @@ def conv_block(
     out, size = weight.shape[1], weight.shape[3]
     if weight.shape[4] != size:
         raise ValueError(f"weight must have a square kernel, got {list(weight.shape)}")
-    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(tasks) if isinstance(eps, float | int) else eps
-    check_shape("eps", eps, [tasks], "T from x")
     for name, tensor in (("scale", scale), ("bias", bias), *zip(("mean", "variance"), statistics or (), strict=False)):
         check_shape(name, tensor, [(tasks, 1), out], "T from x or 1, Cout from weight")
         check_like(name, tensor, "x", x)
-    for name, tensor in (("weight", weight), ("eps", eps)):
-        check_like(name, tensor, "x", x)
+    check_like("weight", weight, "x", x)
+    if isinstance(eps, Tensor):
+        check_shape("eps", eps, [tasks], "T from x")
+        check_like("eps", eps, "x", x)
     if slope is not None and slope < 0:
         raise ValueError(f"slope must not be negative (pooling would not commute with the activation), got {slope}")
     if norm not in ("batch", "group"):

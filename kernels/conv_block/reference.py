@@ -17,7 +17,7 @@ def conv_block(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor,
-    eps: Tensor,
+    eps: Tensor | float,
     *,
     slope: float | None,
     pool: bool,
@@ -33,21 +33,13 @@ def conv_block(
     if not len(x):
         return _no_tasks(x, weight, scale, bias, eps, pool)
     if patch_statistics is not None:
-        z, mean, variance = _first_layer(x, weight, scale, bias, eps, *patch_statistics)
+        z, mean, variance = _first_layer(x, weight, scale, bias, _column(eps), *patch_statistics)
+    elif norm == "group":
+        z, mean, variance = _group_norm(_convolve(x, weight), scale, bias, _column(eps), groups)
+    elif statistics is None and not isinstance(eps, Tensor):
+        z, mean, variance = _framework_batch_norm(_convolve(x, weight), scale, bias, eps)
     else:
-        y = _convolve(x, weight)
-        if norm == "group":
-            variance, mean = torch.var_mean(y.unflatten(2, (groups, -1)), (3, 4, 5), correction=0)  # [S, T, groups]
-            spread = y.shape[2] // groups
-            k = torch.rsqrt(variance + eps[:, None]).repeat_interleave(spread, 2) * scale  # [S, T, C]
-            centred = y - mean.repeat_interleave(spread, 2)[..., None, None]
-            mean, variance = mean.transpose(0, 1), variance.transpose(0, 1)
-        else:
-            mean = y.mean((0, 3, 4)) if statistics is None else statistics[0]  # [T, C]
-            centred = y - mean[..., None, None]
-            variance = centred.square().mean((0, 3, 4)) if statistics is None else statistics[1]
-            k = torch.rsqrt(variance + eps[:, None]) * scale
-        z = torch.addcmul(bias[..., None, None], centred, k[..., None, None])
+        z, mean, variance = _batch_norm(_convolve(x, weight), scale, bias, _column(eps), statistics)
     return _activate(z, slope, pool).transpose(0, 1), mean, variance
 
 
@@ -63,14 +55,57 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.unflatten(1, (len(x), -1))
 
 
+def _column(eps: Tensor | float) -> Tensor | float:
+    """Epsilon to be added to a ``[..., T, C]`` variance."""
+    return eps[:, None] if isinstance(eps, Tensor) else eps
+
+
+def _batch_norm(
+    y: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, statistics: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y`` [S, T, C, H, W] normalised by its own statistics or by given ones, and those, [T, C]."""
+    mean = y.mean((0, 3, 4)) if statistics is None else statistics[0]
+    centred = y - mean[..., None, None]
+    variance = centred.square().mean((0, 3, 4)) if statistics is None else statistics[1]
+    k = torch.rsqrt(variance + eps) * scale
+    return torch.addcmul(bias[..., None, None], centred, k[..., None, None]), mean, variance
+
+
+def _framework_batch_norm(y: Tensor, scale: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the framework's own layer, which wants one constant epsilon; its statistics carry no gradient."""
+    tasks, channels = y.shape[1:3]
+    affine = (parameter.expand(tasks, channels).flatten() for parameter in (scale, bias))
+    z, mean, inverse = torch.native_batch_norm(y.flatten(1, 2), *affine, None, None, True, 0.0, eps)
+    variance = (inverse.square().reciprocal() - eps).clamp_min(0)
+    return z.unflatten(1, (tasks, channels)), mean.view(tasks, channels), variance.view(tasks, channels)
+
+
+def _group_norm(
+    y: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y`` [S, T, C, H, W] normalised by the statistics of each image's groups, and those, [T, S, groups]."""
+    spread = y.shape[2] // groups
+    variance, mean = torch.var_mean(y.unflatten(2, (groups, -1)), (3, 4, 5), correction=0)  # [S, T, groups]
+    k = torch.rsqrt(variance + eps).repeat_interleave(spread, 2) * scale  # [S, T, C]
+    centred = y - mean.repeat_interleave(spread, 2)[..., None, None]
+    z = torch.addcmul(bias[..., None, None], centred, k[..., None, None])
+    return z, mean.transpose(0, 1), variance.transpose(0, 1)
+
+
 def _first_layer(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor, patch_mean: Tensor, patch_covariance: Tensor
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    eps: Tensor | float,
+    patch_mean: Tensor,
+    patch_covariance: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised convolution, with its statistics from the patches' (MATH.md 2): nothing reads it back."""
     rows = weight.flatten(2).double()  # [T, Cout, K]
     mean = (rows @ patch_mean[..., None]).squeeze(2)
     variance = ((rows @ patch_covariance) * rows).sum(2)
-    k = torch.rsqrt(variance + eps.double()[:, None]) * scale
+    k = torch.rsqrt(variance + eps) * scale
     shift = bias - mean * k
     z = _convolve(x, (weight * k[..., None, None, None]).to(x.dtype), shift.to(x.dtype))
     return z, mean.to(x.dtype), variance.to(x.dtype)
@@ -90,10 +125,11 @@ def _activate(z: Tensor, slope: float | None, pool: bool) -> Tensor:
 
 
 def _no_tasks(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor, pool: bool
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The empty output of no task, still a function of its inputs: the framework has no convolution of no group."""
     (_, images, _, height, width), out = x.shape, weight.shape[1]
-    nothing = x.sum() + weight.sum() + scale.sum() * 0 + bias.sum() * 0 + eps.sum()
+    nothing = x.sum() + weight.sum() + scale.sum() * 0 + bias.sum() * 0
+    nothing = nothing + eps.sum() if isinstance(eps, Tensor) else nothing
     size = (height // 2, width // 2) if pool else (height, width)
     return nothing.expand(0, images, out, *size), nothing.expand(0, out), nothing.expand(0, out)

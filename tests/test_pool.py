@@ -1,0 +1,294 @@
+"""The door to the sources, the cache of their arrays, and the episodes that are drawn from a pool."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cxgrad_fast.config import Config, InputError, preset
+from cxgrad_fast.data import ImagePool, open_pool
+from cxgrad_fast.data.cache import cache_folder, cached
+from cxgrad_fast.episodes import EpisodeSampler
+
+SMALL = {"task.ways": 3, "task.shots": 2, "task.queries": 4, "model.image_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CXGRAD_CACHE", str(folder))
+    return folder
+
+
+def numbered_pool(sizes: list[int], split: str = "train") -> ImagePool:
+    """A pool whose image of row ``r`` is grey ``r`` all over: an episode shows which rows it drew."""
+    count = sum(sizes)
+    return ImagePool(
+        images=torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 16, 16, 3).contiguous(),
+        labels=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+        class_names=tuple(f"class {i}" for i in range(len(sizes))),
+        split=split,
+        source="numbers",
+    )
+
+
+def rows_of(images: torch.Tensor) -> np.ndarray:
+    return (images[:, :, 0, 0, 0] * 255).round().long().numpy()
+
+
+class TestDoor:
+    def test_the_cross_domain_source_does_not_take_the_root_of_the_training_data(self, tmp_path: Path) -> None:
+        config = preset("released-mini-5w1s", {"data.root": str(tmp_path / "missing"), "model.image_size": 16})
+        assert open_pool(config, "test", source="digits").source == "digits"
+        with pytest.raises(InputError, match="missing"):
+            open_pool(config, "test")
+
+    def test_unknown_split(self) -> None:
+        with pytest.raises(InputError, match="unknown split 'dev'"):
+            open_pool(preset("glyphs-5w1s"), "dev")
+
+    def test_unknown_source(self) -> None:
+        with pytest.raises(InputError, match="unknown source of images 'pets'"):
+            open_pool(preset("glyphs-5w1s"), "test", source="pets")
+
+
+class Built:
+    """Counts how often the arrays had to be made."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> dict[str, np.ndarray]:
+        self.times += 1
+        return {"images": np.arange(5000, dtype=np.uint8).reshape(50, 100), "names": np.frombuffer(b"ab", np.uint8)}
+
+
+def check_whole(arrays: dict[str, np.ndarray]) -> None:
+    expected = Built()()
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array)
+        assert arrays[name].dtype == array.dtype
+
+
+def _store_for_ever(rounds: int) -> None:
+    for _ in range(rounds):
+        arrays = cached("thing", "same", Built())
+        check_whole(arrays)
+        for path in Path(str(cache_folder())).glob("*.npz"):
+            path.unlink(missing_ok=True)
+
+
+class TestCache:
+    def test_equal_facts_are_built_once(self, cache: Path) -> None:
+        build = Built()
+        for _ in range(3):
+            check_whole(cached("thing", {"a": 1, "b": [2]}, build))
+        assert build.times == 1
+        assert len(list(cache.iterdir())) == 1
+
+    @pytest.mark.parametrize(("name", "facts"), [("thing", {"a": 2}), ("other", {"a": 1})])
+    def test_other_facts_are_built_anew(self, name: str, facts: object) -> None:
+        build = Built()
+        cached("thing", {"a": 1}, build)
+        cached(name, facts, build)
+        assert build.times == 2
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda data: b"",
+            lambda data: data[:100],
+            lambda data: data[:-30],
+            lambda data: b"not a zip file at all",
+            lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],  # one bit, in the middle of an array
+        ],
+        ids=["empty", "head only", "end missing", "other content", "one bit"],
+    )
+    def test_damaged_file_is_built_anew(self, cache: Path, damage: Callable[[bytes], bytes]) -> None:
+        build = Built()
+        cached("thing", 1, build)
+        (path,) = cache.iterdir()
+        path.write_bytes(damage(path.read_bytes()))
+        check_whole(cached("thing", 1, build))
+        assert build.times == 2
+        check_whole(cached("thing", 1, build))
+        assert build.times == 2
+
+    def test_pickles_are_not_opened(self, cache: Path) -> None:
+        cached("thing", 1, Built())
+        (path,) = cache.iterdir()
+        with open(path, "wb") as file:
+            np.savez(file, images=np.array([{"an": "object"}], dtype=object))
+        check_whole(cached("thing", 1, Built()))
+
+    def test_unwritable_folder_costs_one_line(self, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cache.write_text("a file stands where the folder should be")
+        build = Built()
+        for _ in range(2):
+            check_whole(cached("thing", 1, build))
+        assert build.times == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"cannot write the cache folder '{cache}'" in line
+
+    def test_failing_write_leaves_nothing_behind(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(file: object, **arrays: np.ndarray) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+        check_whole(cached("thing", 1, Built()))
+        assert list(cache.iterdir()) == []
+
+    def test_two_processes_at_once(self, cache: Path) -> None:
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=_store_for_ever, args=(40,)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+        assert not list(cache.glob("*.tmp"))
+
+    def test_where_it_lives(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_folder() == tmp_path / "cache"
+        monkeypatch.delenv("CXGRAD_CACHE")
+        assert cache_folder() == tmp_path / "xdg" / "cxgrad_fast"
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        assert cache_folder() == tmp_path / "home" / ".cache" / "cxgrad_fast"
+
+
+def sampler(sizes: list[int], split: str = "train", **settings: object) -> EpisodeSampler:
+    overrides = {name.replace("__", "."): value for name, value in settings.items()}
+    return EpisodeSampler(numbered_pool(sizes, split), preset("glyphs-5w1s", {**SMALL, **overrides}))
+
+
+SAMPLERS = pytest.mark.parametrize("kind", ["counter", "released"])
+
+
+class TestEpisodes:
+    @SAMPLERS
+    def test_labels_and_sets(self, kind: str) -> None:
+        sizes = [9, 6, 12, 7, 10]
+        pool = numbered_pool(sizes)
+        episodes = sampler(sizes, data__sampler=kind).sample(0, 40)
+        assert episodes.support_x.shape == (40, 6, 3, 16, 16)
+        assert episodes.query_x.shape == (40, 12, 3, 16, 16)
+        assert episodes.support_y.tolist() == [[0, 0, 1, 1, 2, 2]] * 40
+        assert episodes.query_y.tolist() == [[0] * 4 + [1] * 4 + [2] * 4] * 40
+        support, query = rows_of(episodes.support_x), rows_of(episodes.query_x)
+        for task in range(40):
+            drawn = [*support[task], *query[task]]
+            assert len(set(drawn)) == 18  # no image twice, so none in both sets
+            classes = pool.labels[support[task]].view(3, 2)
+            assert len(set(classes[:, 0].tolist())) == 3
+            assert (classes[:, 0] == classes[:, 1]).all()
+            assert torch.equal(pool.labels[query[task]].view(3, 4), classes[:, :1].expand(3, 4))
+
+    @SAMPLERS
+    def test_every_image_of_every_class_is_drawn_in_every_place(self, kind: str) -> None:
+        rows = sampler([7, 6, 8, 9], data__sampler=kind).indices(0, 400)
+        for place in range(6):
+            assert set(rows[:, :, place].reshape(-1).tolist()) == set(range(30))
+
+    @SAMPLERS
+    def test_a_task_depends_on_its_index_alone(self, kind: str) -> None:
+        draw = sampler([9] * 6, data__sampler=kind)
+        alone, among = draw.sample(3, 1), draw.sample(0, 4)[3:4]
+        assert torch.equal(alone.support_x, among.support_x)
+        assert torch.equal(alone.query_x, among.query_x)
+        assert not np.array_equal(draw.indices(3, 1), draw.indices(4, 1))
+
+    @SAMPLERS
+    def test_a_task_depends_on_the_seed(self, kind: str) -> None:
+        first, second = (sampler([9] * 6, data__sampler=kind, run__seed=seed).indices(0, 5) for seed in (0, 1))
+        assert not np.array_equal(first, second)
+
+    def test_a_task_depends_on_the_split(self) -> None:
+        train, test = (sampler([9] * 6, split).indices(0, 5) for split in ("train", "test"))
+        assert not np.array_equal(train, test)
+
+    def test_counter_draws_never_change(self) -> None:
+        """Recorded: a change would silently make old runs impossible to repeat."""
+        assert sampler([9] * 6, task__queries=1).indices(7, 1).tolist() == RECORDED
+
+    @pytest.mark.parametrize("seed", [0, 3])
+    def test_released_draws(self, seed: int) -> None:
+        sizes = [11, 9, 30, 25, 8, 20]
+        rows = sampler(sizes, data__sampler="released", run__seed=seed).indices(5, 20)
+        first = np.cumsum([0, *sizes])
+        for index in range(20):
+            rng = np.random.RandomState(np.random.RandomState(seed).randint(1, 999999) + 5 + index)
+            classes = rng.choice(list(range(len(sizes))), 3, False)
+            rng.shuffle(classes)
+            rng.randint(0, 4, 3)  # the rotations
+            expected = [[first[c] + k for k in rng.choice(sizes[c], 2 + 4, False)] for c in classes]
+            assert rows[index].tolist() == expected
+
+    def test_too_few_classes(self) -> None:
+        with pytest.raises(InputError, match=r"task.ways \(=3\) is more than the 2 classes of numbers, split 'train'"):
+            sampler([9, 9])
+
+    def test_too_few_images(self) -> None:
+        with pytest.raises(InputError, match=r"class 'class 1' of numbers.* has 5 images; .*\(=2 \+ 4\) needs 6"):
+            sampler([9, 5, 9])
+
+    def test_exactly_enough(self) -> None:
+        rows = sampler([6, 6, 6]).indices(0, 1)
+        assert sorted(rows.reshape(-1).tolist()) == list(range(18))
+
+
+class TestUnits:
+    def episode(self, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drawn support images, and the pool's images they came from, ``[6, 3, 16, 16]`` in [0, 1]."""
+        pool = numbered_pool([30] * 4)
+        generator = torch.Generator().manual_seed(0)
+        pool.images[:] = torch.randint(0, 256, pool.images.shape, dtype=torch.uint8, generator=generator)
+        overrides = {name.replace("__", "."): value for name, value in settings.items()}
+        config: Config = preset("glyphs-5w1s", {**SMALL, **overrides})
+        draw = EpisodeSampler(pool, config, torch.float64)
+        rows = torch.from_numpy(draw.indices(0, 1)[0, :, :2].reshape(-1))
+        return draw.sample(0, 1).support_x[0], pool.images[rows].permute(0, 3, 1, 2).double() / 255
+
+    def test_plain(self) -> None:
+        drawn, images = self.episode()
+        torch.testing.assert_close(drawn, images)
+
+    def test_normalised(self) -> None:
+        drawn, images = self.episode(data__normalize="imagenet")
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        torch.testing.assert_close(
+            drawn, (images - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1), atol=1e-6, rtol=0
+        )
+
+    def test_one_channel_is_the_mean_of_three(self) -> None:
+        drawn, images = self.episode(model__channels=1)
+        torch.testing.assert_close(drawn, images.mean(1, keepdim=True))
+
+
+class TestPool:
+    def test_fingerprint_tells_any_change(self) -> None:
+        pool = numbered_pool([3, 3])
+        other = numbered_pool([3, 3])
+        assert pool.fingerprint() == other.fingerprint()
+        other.images[5, 15, 15, 2] += 1
+        assert pool.fingerprint() != other.fingerprint()
+        assert pool.fingerprint() != numbered_pool([2, 4]).fingerprint()
+
+    def test_a_class_without_images_is_refused(self) -> None:
+        pool = numbered_pool([3, 3])
+        with pytest.raises(ValueError, match="every class must have an image"):
+            ImagePool(pool.images, pool.labels, ("a", "b", "c"), "train", "numbers")
+
+    def test_an_empty_split_is_bad_input(self) -> None:
+        with pytest.raises(InputError, match="numbers has no images in its split 'val'"):
+            numbered_pool([], "val")
+
+
+RECORDED: list[list[list[int]]] = []
