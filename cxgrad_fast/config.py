@@ -309,7 +309,7 @@ def _toml_value(value: object) -> str:
 
 
 def _presets() -> dict[str, dict[str, object]]:
-    """glyphs: calibrated for two cores and ten minutes; the others: what the released program does, what the paper says."""
+    """glyphs: calibrated for two cores and ten minutes; the rest: what the released program does and the paper says."""
     glyphs: dict[str, object] = {
         "model.filters": 32,
         "model.image_size": 28,

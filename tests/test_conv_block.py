@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cxgrad_fast.kernels import conv_block, patch_statistics
@@ -239,3 +241,41 @@ def test_refusals() -> None:
         conv_block(x, *tensors[1:], **plain, patch_statistics=(patches[0].float(), patches[1].float()))
     with pytest.raises(ValueError, match=r"weight must be torch.float64 on cpu like x, got torch.float32"):
         conv_block(x, tensors[1].float(), *tensors[2:], **plain)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(
+        *[st.integers(1, 3)] * 2, *[st.integers(1, 5)] * 2, *[st.integers(2, 9)] * 2, st.sampled_from([1, 3])
+    ),
+    slope=st.sampled_from([0.0, 0.01, 0.3, None]),
+    pool=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(shape: tuple[int, ...], slope: float | None, pool: bool, seed: int) -> None:
+    tensors = inputs(shape, seed)
+    ours, theirs = conv_block(*tensors, slope=slope, pool=pool), framework(*tensors, slope, pool, "batch")
+    assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
+    for actual, expected in zip(second_order(ours, tensors), second_order(theirs, tensors), strict=True):
+        assert (actual - expected).norm() <= 1e-8 * (1 + expected.norm())
+
+
+def test_one_number_for_epsilon() -> None:
+    """A number is a constant epsilon, for every norm and for the first layer; second order included."""
+    x, weight, scale, bias, _ = inputs(SHAPES["odd_size"])
+    rest = [weight, scale, bias]
+    many = torch.full((2,), 1e-3, dtype=torch.float64)
+    for options in (
+        {},
+        {"norm": "group", "groups": 1},
+        {"patch_statistics": patch_statistics(x.detach())},
+        {"statistics": (bias.detach(), scale.detach().square())},
+    ):
+        one = conv_block(x.detach(), *rest, 1e-3, slope=0.01, pool=True, **options)  # type: ignore[call-overload]
+        other = conv_block(x.detach(), *rest, many, slope=0.01, pool=True, **options)  # type: ignore[call-overload]
+        for actual, expected in zip(second_order(one, rest), second_order(other, rest), strict=True):
+            assert relative_error(actual, expected) < 1e-9 or expected.norm() < 1e-9
+    _, (mean, variance) = conv_block(x, *rest, 1e-3, slope=0.01, pool=True, return_statistics=True)
+    _, expected_pair = conv_block(x, *rest, many, slope=0.01, pool=True, return_statistics=True)
+    for actual, expected in zip((mean, variance), expected_pair, strict=True):
+        assert relative_error(actual, expected) < 1e-12
