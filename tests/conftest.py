@@ -8,6 +8,9 @@ import torch
 # what a person has set in his shell must not decide what is tested
 for name in ("CXGRAD_BACKEND", "CXGRAD_CACHE"):
     os.environ.pop(name, None)
+# models this small spend their time in the barriers between two threads (docs/traps.md); children inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,13 @@ def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (31, 23)) -> I
     pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     match mode:
         case "RGB" | "CMYK":
-            return Image.fromarray(pixels[..., :3], "RGB" if mode == "RGB" else None).convert(mode)
+            return Image.fromarray(pixels[..., :3].copy()).convert(mode)
         case "RGBA":
             return Image.fromarray(pixels)
         case "L" | "1" | "LA":
-            return Image.fromarray(pixels[..., 0]).convert(mode)
+            return Image.fromarray(pixels[..., 0].copy()).convert(mode)
         case "P":
-            return Image.fromarray(pixels[..., :3]).quantize(17)
+            return Image.fromarray(pixels[..., :3].copy()).quantize(17)
         case other:
             raise ValueError(other)
 
@@ -53,7 +53,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def decoded(path: Path) -> np.ndarray:
-    return np.array(Image.open(path).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))
+    with Image.open(path) as image:
+        return np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))
 
 
 class TestLayout:
@@ -109,9 +110,9 @@ class TestDecoding:
     def test_as_pillow_decodes(self, root: Path, mode: str, suffix: str) -> None:
         path = root / "test" / "only" / f"image{suffix}"
         save(path, picture(3, mode))
-        assert Image.open(path).mode == mode
-        image = open_folder("test", SIZE, root).images[0].numpy()
-        np.testing.assert_array_equal(image, decoded(path))
+        with Image.open(path) as image:
+            assert image.mode == mode
+        np.testing.assert_array_equal(open_folder("test", SIZE, root).images[0].numpy(), decoded(path))
 
     @pytest.mark.parametrize("mode", ["P", "1"])
     def test_palettes_are_resized_before_they_become_rgb(self, root: Path, mode: str) -> None:
@@ -119,7 +120,8 @@ class TestDecoding:
         path = root / "test" / "only" / "image.png"
         save(path, picture(3, mode))
         image = open_folder("test", SIZE, root).images[0].numpy()
-        blended = np.array(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        with Image.open(path) as original:
+            blended = np.array(original.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         assert not np.array_equal(image, blended)
 
     def test_many_images_keep_their_order_and_show_a_bar(

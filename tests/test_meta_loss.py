@@ -29,6 +29,15 @@ def test_golden(name: str, form: str) -> None:
         assert relative_error(gradient, torch.from_numpy(arrays[f"grad/{names[ours]}"])) < 1e-9, ours
 
 
+def test_golden_on_two_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        test_golden("cxgrad_5w1s_a", "exact")
+    finally:
+        torch.set_num_threads(before)
+
+
 def compare_with_oracle(config: Config, tasks: int = 2, tolerance: float = 1e-8) -> None:
     learner = Learner(config)
     spread_parameters(learner)

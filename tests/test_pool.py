@@ -31,7 +31,7 @@ def numbered_pool(sizes: list[int], split: str = "train") -> ImagePool:
     count = sum(sizes)
     return ImagePool(
         images=torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 16, 16, 3).contiguous(),
-        labels=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+        labels=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)),
         class_names=tuple(f"class {i}" for i in range(len(sizes))),
         split=split,
         source="numbers",

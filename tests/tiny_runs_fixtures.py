@@ -7,24 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import train, words, write_images
 
 
 @pytest.fixture(scope="module")
-def quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of its own, and one thread here and in children: two would wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of decoded images for one test file, here and in children."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def images(quiet_machine: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The made-up image folder."""
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
