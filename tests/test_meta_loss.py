@@ -120,6 +120,19 @@ def test_non_contiguous_episodes() -> None:
         assert relative_error(gradient, expected[name]) < 1e-9 or expected[name].norm() < 1e-12, name
 
 
+def test_gradients_of_images() -> None:
+    """Images that require gradients get them (without the first layer's patch statistics, which carry none)."""
+    config = config_of(inner__steps=2)
+    learner = Learner(config)
+    plain = random_episodes(config)
+    images = [plain.support_x.clone().requires_grad_(), plain.query_x.clone().requires_grad_()]
+    episodes = Episodes(images[0], plain.support_y, images[1], plain.query_y)
+    ours = torch.autograd.grad(learner.meta_loss(episodes).loss, images)
+    theirs = torch.autograd.grad(reference.meta_loss(config, learner.meta_parameters, episodes).loss, images)
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert relative_error(actual, expected) < 1e-8
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_chunks_give_the_same(chunk: int, reduction: str) -> None:

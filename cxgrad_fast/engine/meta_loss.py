@@ -176,7 +176,8 @@ class Engine:
         }
 
     def _support(self, x: Tensor, y: Tensor) -> Support:
-        return Support(x, y, patch_statistics(x) if self.backbone.first_layer_patches else None)
+        use_patches = self.backbone.first_layer_patches and not x.requires_grad
+        return Support(x, y, patch_statistics(x) if use_patches else None)
 
     def _join(self, parts: Sequence[MetaLoss], sizes: Sequence[int]) -> MetaLoss:
         """The results of all chunks as those of one batch."""
