@@ -322,7 +322,7 @@ def _presets() -> dict[str, dict[str, object]]:
     }
     table: dict[str, dict[str, object]] = {
         "glyphs-5w1s": {**glyphs, "task.shots": 1},
-        "glyphs-5w5s": {**glyphs, "task.shots": 5},
+        "glyphs-5w5s": {**glyphs, "task.shots": 5, "outer.iterations": 450, "outer.validate_every": 50},
     }
     for dataset, root, iterations in (
         ("mini", "datasets/mini_imagenet", 50_000),

@@ -66,7 +66,10 @@ class Built:
 
     def __call__(self) -> dict[str, np.ndarray]:
         self.times += 1
-        return {"images": np.arange(5000, dtype=np.uint8).reshape(50, 100), "names": np.frombuffer(b"ab", np.uint8)}
+        return {
+            "images": (np.arange(50_000) % 251).astype(np.uint8).reshape(50, 1000),
+            "names": np.frombuffer(b"ab", np.uint8),
+        }
 
 
 def check_whole(arrays: dict[str, np.ndarray]) -> None:
@@ -108,8 +111,9 @@ class TestCache:
             lambda data: data[:-30],
             lambda data: b"not a zip file at all",
             lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],  # one bit, in the middle of an array
+            lambda data: data.replace(b"(50, 1000)", b"(40, 1000)"),
         ],
-        ids=["empty", "head only", "end missing", "other content", "one bit"],
+        ids=["empty", "head only", "end missing", "other content", "one bit", "fewer rows"],
     )
     def test_damaged_file_is_built_anew(self, cache: Path, damage: Callable[[bytes], bytes]) -> None:
         build = Built()

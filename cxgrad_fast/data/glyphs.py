@@ -40,7 +40,8 @@ _BOX = 32  # side of the box that ink is stretched to when shapes are compared
 # overlap (intersection over union) of stretched shapes in more than half of the faces that have both, or in any face
 _SAME_CLASS = 0.97
 _SAME_FAMILY, _SAME_FAMILY_ANYWHERE = 0.85, 0.97
-_LIKE_DIGIT, _LIKE_DIGIT_ANYWHERE = 0.70, 0.85
+_LIKE_DIGIT, _LIKE_DIGIT_ANYWHERE = 0.70, 0.78
+_LIKE_HANDWRITTEN_DIGIT = "ZzƷʒSsƼƽbgq"  # of any font's digits these differ more than of what hands write
 
 # of an image: half-ranges around no change, and the size of the ink as a share of the image's side
 _ROTATION = 0.30  # radians
@@ -201,8 +202,10 @@ def _atlas(files: Sequence[Path]) -> Arrays:
     classes = _joined(len(letters), same)
     bases = _equals(_base(code) for code in letters)
     families = _joined(len(letters), [*same, *alike, *bases])
+    handwritten = np.array([chr(code) in _LIKE_HANDWRITTEN_DIGIT for code in letters], dtype=bool)
     banned = np.zeros(len(letters), dtype=bool)
-    banned[classes[bars | _like_digits(shapes, digits, len(letters))]] = True  # at the first letter of each class
+    # at the first letter of each class
+    banned[classes[bars | handwritten | _like_digits(shapes, digits, len(letters))]] = True
     splits = _splits(np.array(letters), classes, families, banned)
 
     pair = np.array(pairs, dtype=np.int64)

@@ -56,7 +56,7 @@ class ImagePool:
 
     def fingerprint(self) -> str:
         """SHA-256 of images, labels and names: two runs with equal fingerprints saw the same data."""
-        digest = hashlib.sha256("\n".join(self.class_names).encode())
+        digest = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape"))
         digest.update(self.labels.cpu().numpy().tobytes())
         digest.update(self.images.cpu().contiguous().numpy().data)
         return digest.hexdigest()
