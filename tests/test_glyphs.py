@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from cxgrad_fast.config import InputError, preset
-from cxgrad_fast.data import ImagePool, glyphs, open_pool
+from cxgrad_fast.data import ImagePool, glyphs, letters, open_pool
 from cxgrad_fast.data.glyphs import open_glyphs
 
 SPLITS = ("train", "val", "test")
@@ -250,7 +250,7 @@ class TestFonts:
         assert open_pool(config, "test").fingerprint() != pool.fingerprint()
 
     def test_letters_without_an_outline_are_left_out(self) -> None:
-        face = glyphs._Face(TTF / "DejaVuSans.ttf")
+        face = letters._Face(TTF / "DejaVuSans.ttf")
         assert face.ink(ord("A")) is not None
         assert face.ink(ord(" ")) is None
         assert face.ink(0xE000) is None  # not in the font: its box is no letter
