@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -155,6 +157,9 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         message = str(error)
     except torch.OutOfMemoryError:
         message = "the device's memory is full: try --run.tasks_per_chunk 1, --run.recompute true or fewer tasks"
+    except BrokenPipeError:  # the reader of `... | head` has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

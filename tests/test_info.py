@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -56,3 +57,13 @@ def test_why_there_is_no_cuda(monkeypatch, version: str | None, is_available: bo
 def test_settings_are_refused(capsys) -> None:
     assert run_command(info.main, ["--task.shots", "5"]) == 2
     assert capsys.readouterr().err == "error: info takes no settings, got '--task.shots'\n"
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "cxgrad_fast.info"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
