@@ -74,8 +74,8 @@ def _batch_norm(
 def _framework_batch_norm(y: Tensor, scale: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same with the framework's own layer, which wants one constant epsilon; its statistics carry no gradient."""
     tasks, channels = y.shape[1:3]
-    affine = (parameter.expand(tasks, channels).flatten() for parameter in (scale, bias))
-    z, mean, inverse = torch.native_batch_norm(y.flatten(1, 2), *affine, None, None, True, 0.0, eps)
+    g, b = (parameter.expand(tasks, channels).flatten() for parameter in (scale, bias))
+    z, mean, inverse = torch.native_batch_norm(y.flatten(1, 2), g, b, None, None, True, 0.0, eps)
     variance = (inverse.square().reciprocal() - eps).clamp_min(0)
     return z.unflatten(1, (tasks, channels)), mean.view(tasks, channels), variance.view(tasks, channels)
 
