@@ -319,6 +319,7 @@ def _presets() -> dict[str, dict[str, object]]:
         "outer.validate_every": 100,
         "data.source": "glyphs",
         "data.cross_domain": "digits",
+        "evaluation.tasks_per_batch": 8,
     }
     table: dict[str, dict[str, object]] = {
         "glyphs-5w1s": {**glyphs, "task.shots": 1},
