@@ -4,13 +4,15 @@ BIN := .venv/bin
 # options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
 ARGS ?=
 
-.PHONY: help setup train test lint precision compare contact-sheet clean
+.PHONY: help setup train test lint precision compare roofline bench-operators contact-sheet clean
 
 help:
 	@echo "make train            meta-train CxGrad on glyphs, test it (ARGS=\"--inner.algorithm maml\" for MAML)"
 	@echo "make test             all tests;  make lint: ruff and mypy"
 	@echo "make compare          the README's table: CxGrad and MAML, 1 and 5 shots"
 	@echo "make precision        error of dL/dnu in float32, exact and scaled form"
+	@echo "make roofline         FLOPs, least bytes and time floor of a meta-step on this machine"
+	@echo "make bench-operators  time of every operator, small cases"
 	@echo "make contact-sheet    docs/contact_sheet.png"
 
 setup: .venv/installed
@@ -40,6 +42,12 @@ compare: setup
 
 precision: setup
 	$(BIN)/python bench/context_gradient.py $(ARGS)
+
+roofline: setup
+	$(BIN)/python bench/roofline.py $(ARGS)
+
+bench-operators: setup
+	$(BIN)/python -m pytest bench/test_operators.py -k quick $(ARGS)
 
 contact-sheet: setup
 	$(BIN)/python bench/contact_sheet.py

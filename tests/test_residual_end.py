@@ -31,6 +31,13 @@ def test_equals_framework(slope: float, pool: bool, padding: int, size: tuple[in
         assert relative_error(*second) < 1e-15
 
 
+def test_zero_tasks() -> None:
+    x = torch.zeros(0, 2, 3, 5, 4, requires_grad=True)
+    y = residual_end(x, torch.zeros_like(x), slope=0.0, pool=True, padding=1)
+    assert y.shape == (0, 2, 3, 3, 3)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
 def test_refusals() -> None:
     x = torch.zeros(1, 2, 3, 4, 4)
     with pytest.raises(

@@ -1,0 +1,56 @@
+"""A process that times meta-steps on demand, for bench/compare.py: which package it times is its environment's matter.
+
+    python bench/meta_step_worker.py '{"preset": "glyphs-5w1s", "overrides": {}, "steps": 5}'
+
+It uses the public contract of the package alone, so that any commit can be on the other end. After a warm-up it prints
+one JSON line, loss and gradient norms of the first meta-step; then, for every line on stdin, the seconds of ``steps``
+meta-steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+
+from cxgrad_fast import Episodes, Learner, preset
+
+
+def random_episodes(learner: Learner) -> Episodes:
+    """A meta-batch of random images, drawn on the CPU: the same numbers for everybody."""
+    config, generator = learner.config, torch.Generator().manual_seed(0)
+    task, model, tasks = config.task, config.model, config.outer.meta_batch
+
+    def images(per_class: int) -> torch.Tensor:
+        size = (tasks, task.ways * per_class, model.channels, model.image_size, model.image_size)
+        return torch.rand(size, generator=generator).to(learner.device, learner.dtype)
+
+    def labels(per_class: int) -> torch.Tensor:
+        return torch.arange(task.ways).repeat(per_class).expand(tasks, -1).to(learner.device)
+
+    return Episodes(images(task.shots), labels(task.shots), images(task.queries), labels(task.queries))
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    learner = Learner(preset(job["preset"], job["overrides"]))
+    episodes = random_episodes(learner)
+    out = learner.meta_loss(episodes)
+    parameters = learner.meta_parameters
+    gradients = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    norms = {name: gradient.norm().item() for name, gradient in zip(parameters, gradients, strict=True)}
+    learner.meta_step(episodes)
+    print(json.dumps({"loss": out.loss.item(), **norms}), flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        for _ in range(job["steps"]):
+            learner.meta_step(episodes)
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize()
+        print(time.perf_counter() - begin, flush=True)
+
+
+if __name__ == "__main__":
+    main()
