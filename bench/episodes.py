@@ -1,0 +1,325 @@
+"""Episodes per second of whole meta-training steps, all sides interleaved, and how far each is from the limit.
+
+    python bench/episodes.py [--preset released-mini-5w1s[,MORE]] [--group.setting value ...]
+                             [--sweep SETTING=V1,V2 ...] [--sides loop,func-vmap,...] [--rounds 9] [--limit SECONDS]
+
+Random seeded episodes of the preset's shape: no data is needed. Every side runs in a process of its own and is first
+asked whether it does the same work (bench/equal_work.py); one that does not gets no figure, and the exit code is 1.
+Then all sides take turns (A B C, C B A, ...). A side that cannot run, or not within its limit, keeps its row with the
+reason. Sides that compute MAML only are compared with ours under --inner.algorithm maml.
+
+Columns: episodes/s, median and 20-80 % quantiles; its ratio to the per-task loop, pair by pair; the share of the
+roofline limit (bench/roofline.py); peak memory of one step; operator calls (on CUDA: launches) of one step; seconds of
+the first step, and the part of them that is compilation or other work done once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from equal_work import (
+    TOLERANCE,
+    Case,
+    Truth,
+    Verdict,
+    check_small,
+    check_timed,
+    make_case,
+    needs_small,
+    small_copy,
+    truth,
+)
+from isolated import Direct, Host, Isolated
+from measure import RESULTS, Dropped, Timing, interleave, machine, machine_line, ratio, write_result
+from sides import BASELINE, COMPILING, SIDES, Unavailable, device_of, refusal
+
+from cxgrad_fast import Config, InputError
+from cxgrad_fast.cli import build_config, run_command, split_settings
+
+DEFAULT = "released-mini-5w1s"
+NOTHING = Timing(())
+QUICK = {"model.filters": 4, "model.image_size": 20, "task.queries": 3, "inner.steps": 2, "inner.context_dim": 8}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one side in one case.
+
+    Attributes:
+        side: its name.
+        reason: why it has no figure, or not all of them; empty for most.
+        wrong: it does not do the same work.
+        errors: of the equal-work check.
+        seconds: of a meta-step.
+        gain: loop's seconds over this side's, pair by pair.
+        share: of the roofline limit, in [0, 1]; None where the limit is not known.
+        peak_bytes: memory of a step, as :func:`measure.peak_memory` says.
+        operators: calls or launches of a step; None for a side that is one compiled program.
+        first_step_s: of the first step in its process.
+    """
+
+    side: str
+    reason: str = ""
+    wrong: bool = False
+    errors: dict[str, float] = field(default_factory=dict)
+    seconds: Timing = NOTHING
+    gain: Timing = NOTHING
+    share: float | None = None
+    peak_bytes: int | None = None
+    operators: int | None = None
+    first_step_s: float | None = None
+
+    def rate(self, tasks: int) -> Timing:
+        """Episodes per second."""
+        return Timing(tuple(tasks / seconds for seconds in self.seconds.samples))
+
+    @property
+    def once_s(self) -> float | None:
+        """Seconds of the first step that later steps do not take: compilation, warm-up."""
+        if self.first_step_s is None or not self.seconds.samples:
+            return None
+        return max(0.0, self.first_step_s - self.seconds.median)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 1 where a side does other work."""
+    settings, rest = split_settings(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(rest)
+    names = _chosen(options.sides)
+    configs = _configs(options, settings)
+    found = machine()
+    print(f"{machine_line(found)}\n", flush=True)
+    cases, wrong = [], False
+    for config in configs:
+        rows, limit = run_case(config, names, options.rounds, options.limit, options.in_process)
+        print("\n".join(table(config, rows, limit)) + "\n", flush=True)
+        cases.append(_record(config, rows, limit))
+        wrong = wrong or any(row.wrong for row in rows)
+    payload = {
+        "machine": found,
+        "quick": options.quick,
+        "rounds": options.rounds,
+        "limit_s": options.limit,
+        "cases": cases,
+    }
+    if options.json:
+        print(json.dumps(payload))
+    if not options.no_save:
+        print(f"written to {write_result('episodes', payload, options.out)}")
+    return 1 if wrong else 0
+
+
+def run_case(
+    config: Config, names: Sequence[str], rounds: int, limit_s: float, in_process: bool = False
+) -> tuple[list[Row], dict[str, Any]]:
+    """All sides of one case, checked and then timed against each other; and the roofline limit."""
+    case, small = make_case(config), make_case(small_copy(config))
+    expected, expected_small = truth(case), truth(small)
+    hosts: dict[str, Host] = {}
+    rows: dict[str, Row] = {}
+    try:
+        for name in names:
+            rows[name] = Row(name, refusal(name, config))
+            if rows[name].reason:
+                continue
+            _say(f"{name}: checking")
+            host: Host = Direct(name) if in_process else Isolated(name, limit_s)
+            hosts[name] = host
+            rows[name] = _prepare(name, host, case, expected, small, expected_small)
+        ready = {name: hosts[name] for name in names if not rows[name].reason}
+        _say(f"timing {', '.join(ready)}")
+        timings = interleave({name: host.step for name, host in ready.items()}, rounds, limit_s, warm_up=0)
+        for name, timing in timings.items():
+            rows[name] = _counted(replace(rows[name], seconds=timing, reason=timing.note), hosts[name])
+    finally:
+        for host in hosts.values():
+            host.close()
+    limit = _limit(config)
+    return [_compared(rows[name], rows.get(BASELINE), limit) for name in names], limit
+
+
+def _prepare(name: str, host: Host, case: Case, expected: Truth, small: Case, expected_small: Truth) -> Row:
+    """Build, check and start one side; its row has a reason where it ends here."""
+    row = Row(name)
+    try:
+        if needs_small(name):
+            row = _judged(row, check_small(host, small, expected_small))
+        if not row.wrong:
+            host.build(case.config, case.episodes, case.parameters)
+            row = replace(row, first_step_s=host.step())
+            host.load(case.parameters)
+            row = _judged(row, check_timed(host, case, expected))
+        if not row.wrong:
+            row = replace(row, peak_bytes=host.peak_memory())  # the step that warms up, too
+    except (Unavailable, Dropped) as reason:
+        row = replace(row, reason=str(reason))
+    return row
+
+
+def _judged(row: Row, verdict: Verdict) -> Row:
+    errors = row.errors | verdict.errors
+    return replace(row, errors=errors, reason=verdict.failure, wrong=bool(verdict.failure))
+
+
+def _counted(row: Row, host: Host) -> Row:
+    """With its operators, which cost one more step: not of a side that is one program, or has no time left."""
+    if row.reason or row.side in COMPILING:
+        return row
+    try:
+        return replace(row, operators=host.operators())
+    except Dropped as reason:
+        return replace(row, reason=str(reason))
+
+
+def _compared(row: Row, baseline: Row | None, limit: dict[str, Any]) -> Row:
+    if not row.seconds.samples:
+        return row
+    gain = ratio(baseline.seconds, row.seconds) if baseline else NOTHING
+    floor = limit.get("floor_s")
+    return replace(row, gain=gain, share=floor / row.seconds.median if floor else None)
+
+
+def _limit(config: Config) -> dict[str, Any]:
+    """The roofline of a case: FLOPs, bytes, the peaks measured now, and the seconds that follow."""
+    try:
+        from roofline import peaks_for, step_cost, time_floor
+    except ImportError as error:
+        return {"reason": f"no roofline: {error}"}
+    cost, peaks = step_cost(config), peaks_for(config.run.precision, device_of(config))
+    return {
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "peak_flops_per_s": peaks.flops,
+        "peak_bytes_per_s": peaks.bandwidth,
+        "floor_s": time_floor(cost, peaks),
+    }
+
+
+def describe(config: Config) -> str:
+    """A case in words."""
+    task, model, inner = config.task, config.model, config.inner
+    return (
+        f"{config.preset}, {inner.algorithm}: {task.ways}-way {task.shots}-shot, {config.outer.meta_batch} tasks, "
+        f"{model.backbone}/{model.filters} {model.image_size}x{model.image_size}, {inner.steps} steps of order "
+        f"{inner.order}, {config.run.precision} on {device_of(config).type}"
+    )
+
+
+COLUMNS = "side, episodes/s (20-80 %), x loop (20-80 %), of limit, peak MB, operators, first step s, once s, note"
+HEADER = (f"| {COLUMNS.replace(', ', ' | ')} |", "|" + "---|" * len(COLUMNS.split(", ")))
+
+
+def table(config: Config, rows: Sequence[Row], limit: dict[str, Any]) -> list[str]:
+    """Markdown: the case in words, the limit, a row for every side."""
+    tasks = config.outer.meta_batch
+    words = limit.get("reason") or (
+        f"limit {tasks / limit['floor_s']:.2f} episodes/s ({limit['flops'] / 1e9:.2f} GFLOP at "
+        f"{limit['peak_flops_per_s'] / 1e9:.0f} GFLOP/s, {limit['bytes'] / 1e6:.0f} MB at "
+        f"{limit['peak_bytes_per_s'] / 1e9:.1f} GB/s)"
+    )
+    return [f"**{describe(config)}**; {words}", "", *HEADER, *(_line(row, tasks) for row in rows)]
+
+
+def _line(row: Row, tasks: int) -> str:
+    cells = [
+        row.side,
+        _spread(row.rate(tasks)),
+        _spread(row.gain),
+        _cell(row.share, lambda share: f"{100 * share:.1f} %"),
+        _cell(row.peak_bytes, lambda peak: f"{peak / 1e6:.0f}"),
+        _cell(row.operators, str),
+        _cell(row.first_step_s, lambda seconds: f"{seconds:.2f}"),
+        _cell(row.once_s, lambda seconds: f"{seconds:.2f}"),
+        row.reason,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: Any, shown: Callable[[Any], str]) -> str:
+    return "-" if value is None else shown(value)
+
+
+def _spread(timing: Timing) -> str:
+    if not timing.samples:
+        return "-"
+    return f"{timing.median:.3g} ({timing.p20:.3g}-{timing.p80:.3g})"
+
+
+def _record(config: Config, rows: Sequence[Row], limit: dict[str, Any]) -> dict[str, Any]:
+    tasks = config.outer.meta_batch
+    sides = []
+    for row in rows:
+        timings = {"seconds": row.seconds, "episodes_per_s": row.rate(tasks), "ratio_to_loop": row.gain}
+        plain = {key: value for key, value in asdict(row).items() if key not in ("seconds", "gain", "share")}
+        figures = {key: timing.as_dict() for key, timing in timings.items() if timing.samples}
+        sides.append({**plain, "once_s": row.once_s, "fraction_of_limit": row.share, **figures})
+    tolerances = TOLERANCE[config.run.precision]
+    return {
+        "description": describe(config),
+        "device": device_of(config).type,
+        "config": config.flat(),
+        "preset": config.preset,
+        "limit": limit,
+        "tolerances": tolerances,
+        "sides": sides,
+    }
+
+
+def _configs(options: argparse.Namespace, settings: dict[str, object]) -> list[Config]:
+    """The cases: presets times the values of every ``--sweep``.
+
+    Raises:
+        InputError: a bad setting, or a precision that the equal-work check has no tolerance for.
+    """
+    sweeps = []
+    for words in options.sweep:
+        setting, equals, values = words.partition("=")
+        if not equals:
+            raise InputError(f"--sweep takes SETTING=V1,V2, got '{words}'")
+        sweeps.append([(setting, value) for value in values.split(",")])
+    configs = []
+    for name, *values in itertools.product(options.preset.split(","), *sweeps):
+        base = {"data.source": "glyphs", **(QUICK if options.quick else {})}
+        configs.append(build_config(name, None, {**base, **settings, **dict(values)}))
+    for config in configs:
+        if config.run.precision not in TOLERANCE:
+            raise InputError(f"run.precision = {config.run.precision} has no tolerance in bench/equal_work.py yet")
+    return configs
+
+
+def _chosen(words: str) -> list[str]:
+    names = words.split(",") if words else list(SIDES)
+    unknown = [name for name in names if name not in SIDES]
+    if unknown:
+        raise InputError(f"--sides takes names of {', '.join(SIDES)}, got '{unknown[0]}'")
+    return names
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default=DEFAULT, help="one or several, separated by commas")
+    parser.add_argument("--sweep", action="append", default=[], metavar="SETTING=V1,V2", help="a case for every value")
+    parser.add_argument("--sides", default="", help=f"default: {','.join(SIDES)}")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds a side may spend on one case, all in all")
+    parser.add_argument("--quick", action="store_true", help="a tiny network: a trial of the command, no figures")
+    parser.add_argument("--in-process", action="store_true", help="no child processes, no limits: to debug a side")
+    parser.add_argument("--json", action="store_true", help="print the result file too")
+    parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Everything that a machine with a GPU should do, unattended, under 9 minutes: environment, tests, operators, episodes,
+# profile. From a source tree, offline, with the packages that are there.
+#
+#   bash bench/gpu.sh            results, logs and one archive go to $OUT (default bench/results/gpu-<date>)
+#
+# CXGRAD_GPU_SIZE  full (default with a GPU), small (default without: the same stages on the CPU), tiny (for tests)
+# PYTHON           the interpreter (default python3)
+#
+# Every stage has its own time limit. One that fails is reported and the rest still runs; the exit code is then 1.
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+ROOT=$PWD
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-$ROOT/bench/results/gpu-$(date -u +%Y-%m-%dT%H%M%S)}
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+RESULTS=$WORK/results
+mkdir -p "$OUT" "$RESULTS"
+export PYTHONUNBUFFERED=1
+
+device=cpu
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && device=cuda
+size=${CXGRAD_GPU_SIZE:-$([ "$device" = cuda ] && echo full || echo small)}
+case $size in full | small | tiny) ;; *) echo "CXGRAD_GPU_SIZE takes full, small or tiny, got '$size'" >&2 && exit 2 ;; esac
+
+failed=()
+# after every stage, so that a run that is cut off leaves what it has: few files, as some lenders bring back only a few
+keep() {
+    tar -czf "$OUT/gpu-results.tar.gz" -C "$RESULTS" .
+    find "$RESULTS" -name '*.json' -exec cp {} "$OUT/" \;
+}
+
+# stage NAME SECONDS COMMAND...: its output on the screen and in NAME.log
+stage() {
+    local name=$1 limit=$2 begin=$SECONDS
+    shift 2
+    echo "== $name"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$RESULTS/$name.log"
+    local code=${PIPESTATUS[0]}
+    keep
+    if [ "$code" = 124 ] || [ "$code" = 137 ]; then echo "-- $name: over its limit of $limit s"; fi
+    if [ "$code" != 0 ]; then
+        failed+=("$name")
+        echo "-- $name FAILED with code $code after $((SECONDS - begin)) s"
+    else
+        echo "-- $name: done in $((SECONDS - begin)) s"
+    fi
+    return "$code"
+}
+
+# is the package that python finds, from anywhere, the one of this tree?
+importable() {
+    (cd / && "$PYTHON" - "$ROOT" <<'END'
+import sys
+from pathlib import Path
+import cxgrad_fast, cxgrad_fast.kernels as kernels
+tree = Path(sys.argv[1])
+files = [Path(module.__file__).resolve() for module in (cxgrad_fast, kernels)]
+sys.exit(files != [tree / "cxgrad_fast/__init__.py", tree / "kernels/__init__.py"])
+END
+    ) 2>/dev/null
+}
+
+install() {
+    importable && return
+    "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . >"$RESULTS/install.log" 2>&1 && importable && return
+    echo "pip cannot install here (install.log): a tree of links stands in for it"
+    mkdir -p "$WORK/site"
+    cp -rs "$ROOT/cxgrad_fast" "$WORK/site/" && cp -rs "$ROOT/kernels" "$WORK/site/cxgrad_fast/kernels"
+    # without the folder a command is started in, which would come before the links
+    export PYTHONPATH=$WORK/site:$ROOT/bench PYTHONSAFEPATH=1
+    importable
+}
+
+environment() {
+    nvidia-smi 2>/dev/null || echo "no nvidia-smi"
+    "$PYTHON" -m cxgrad_fast.info
+}
+
+tests() {
+    local plain=(-p no:cacheprovider -W default) # other versions warn of other things
+    case $size in
+    full) "$PYTHON" -m pytest "${plain[@]}" tests -k "cuda or golden" -rs ;;
+    small) "$PYTHON" -m pytest "${plain[@]}" tests/test_cases.py tests/test_meta_loss.py -k "golden or float64" ;;
+    tiny) "$PYTHON" -m pytest "${plain[@]}" tests/test_meta_loss.py -k "golden and maml and exact" ;;
+    esac
+}
+
+operators() {
+    local which=(bench/test_operators.py -p no:cacheprovider -W default "--benchmark-json=$RESULTS/operators.json")
+    which+=(--benchmark-columns=median,iqr)
+    case $size in
+    full) "$PYTHON" -m pytest "${which[@]}" -k "cuda and not conv4-64 and not query" ;;
+    small) "$PYTHON" -m pytest "${which[@]}" -k "cpu and quick" ;;
+    tiny) "$PYTHON" -m pytest "${which[@]}" -k "reference and cpu and layer4 and quick" ;;
+    esac
+}
+
+# against the per-task loop and vmap, equal work checked
+peers() {
+    local options=(--out "$RESULTS" --limit 18 --rounds 5)
+    case $size in
+    full) options+=(--preset released-mini-5w1s,released-mini-5w5s --sides ours-reference,ours-triton,loop,func-vmap) ;;
+    small) options+=(--preset glyphs-5w1s --sides ours-reference,loop) ;;
+    esac
+    "$PYTHON" bench/episodes.py "${options[@]}"
+}
+
+profile() {
+    local options=(--out "$RESULTS" --steps 3)
+    case $size in
+    full)
+        "$PYTHON" bench/profile_step.py "${options[@]}" --preset released-mini-5w1s &&
+            "$PYTHON" bench/profile_step.py "${options[@]}" --preset released-mini-5w5s
+        ;;
+    small) "$PYTHON" bench/profile_step.py "${options[@]}" ;;
+    tiny) "$PYTHON" bench/profile_step.py --out "$RESULTS" --steps 1 --model.filters 4 --inner.steps 1 ;;
+    esac
+}
+
+export -f environment tests operators peers profile
+export ROOT PYTHON WORK RESULTS size
+echo "device $device, size $size, results in $OUT"
+if ! install; then
+    echo "the package can be neither installed nor linked" >&2
+    exit 1
+fi
+stage environment 30 bash -c environment
+stage tests 100 bash -c tests
+stage operators 110 bash -c operators
+if [ "$size" != tiny ]; then stage roofline 30 "$PYTHON" bench/roofline.py; fi
+stage episodes 120 "$PYTHON" bench/gpu_table.py --size "$size" --out "$RESULTS" --seconds "$([ "$size" = tiny ] && echo 0.3 || echo 3)"
+if [ "$size" != tiny ]; then stage peers 90 bash -c peers; fi
+stage profile 45 bash -c profile
+
+printf '%s\n' "device $device, size $size" "failed: ${failed[*]:-none}" >"$RESULTS/summary.txt"
+keep
+echo "== ${#failed[@]} stages failed: ${failed[*]:-none}; $OUT/gpu-results.tar.gz"
+[ ${#failed[@]} = 0 ]
