@@ -4,7 +4,8 @@ BIN := .venv/bin
 # options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
 ARGS ?=
 
-.PHONY: help setup train test lint precision compare roofline bench-operators contact-sheet clean
+.PHONY: help setup train test lint precision compare roofline bench bench-full bench-report bench-compare
+.PHONY: bench-operators bench-peers contact-sheet clean
 
 help:
 	@echo "make train            meta-train CxGrad on glyphs, test it (ARGS=\"--inner.algorithm maml\" for MAML)"
@@ -12,6 +13,10 @@ help:
 	@echo "make compare          the README's table: CxGrad and MAML, 1 and 5 shots"
 	@echo "make precision        error of dL/dnu in float32, exact and scaled form"
 	@echo "make roofline         FLOPs, least bytes and time floor of a meta-step on this machine"
+	@echo "make bench            episodes per second against the per-task loop and other programs, 28x28"
+	@echo "make bench-full       the same at 84x84, an hour;  make bench-peers: install jax and higher for it"
+	@echo "make bench-report     the README's speed table and docs/bench/, from bench/results/"
+	@echo "make bench-compare    two commits against each other: ARGS=\"BASE HEAD\""
 	@echo "make bench-operators  time of every operator, small cases"
 	@echo "make contact-sheet    docs/contact_sheet.png"
 
@@ -45,6 +50,24 @@ precision: setup
 
 roofline: setup
 	$(BIN)/python bench/roofline.py $(ARGS)
+
+bench: setup
+	$(BIN)/python bench/episodes.py --preset glyphs-5w1s,glyphs-5w5s --limit 30 $(ARGS)
+	$(BIN)/python bench/episodes.py --preset glyphs-5w1s --inner.algorithm maml --limit 30 $(ARGS)
+
+bench-full: setup
+	$(BIN)/python bench/episodes.py --preset released-mini-5w1s,released-mini-5w5s --outer.meta_batch 2 --limit 900 $(ARGS)
+	$(BIN)/python bench/episodes.py --preset released-mini-5w1s,released-mini-5w5s --outer.meta_batch 2 --limit 300 \
+	    --inner.algorithm maml --sides ours-reference,ours-cpp,loop,higher,learn2learn $(ARGS)
+
+bench-report: setup
+	$(BIN)/python bench/report.py $(ARGS)
+
+bench-compare: setup
+	$(BIN)/python bench/compare.py $(ARGS)
+
+bench-peers: setup
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[peers]'
 
 bench-operators: setup
 	$(BIN)/python -m pytest bench/test_operators.py -k quick $(ARGS)

@@ -25,14 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from equal_work import (
+    TIMED_TOLERANCE,
     TOLERANCE,
     Case,
     Truth,
     Verdict,
+    check_rounded,
     check_small,
     check_timed,
     make_case,
     needs_small,
+    small_copies,
     small_copy,
     truth,
 )
@@ -46,6 +49,15 @@ from cxgrad_fast.cli import build_config, run_command, split_settings
 DEFAULT = "released-mini-5w1s"
 NOTHING = Timing(())
 QUICK = {"model.filters": 4, "model.image_size": 20, "task.queries": 3, "inner.steps": 2, "inner.context_dim": 8}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the oracle says of a case and of its small copy."""
+
+    expected: Truth
+    small: Case
+    expected_small: Truth
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,8 @@ def run_case(
     config: Config, names: Sequence[str], rounds: int, limit_s: float, in_process: bool = False
 ) -> tuple[list[Row], dict[str, Any]]:
     """All sides of one case, checked and then timed against each other; and the roofline limit."""
-    case, small = make_case(config), make_case(small_copy(config))
-    expected, expected_small = truth(case), truth(small)
+    case, small = make_case(config, calm=True), make_case(small_copy(config))
+    answers = Answers(truth(case), small, truth(small))
     hosts: dict[str, Host] = {}
     rows: dict[str, Row] = {}
     try:
@@ -132,7 +144,7 @@ def run_case(
             _say(f"{name}: checking")
             host: Host = Direct(name) if in_process else Isolated(name, limit_s)
             hosts[name] = host
-            rows[name] = _prepare(name, host, case, expected, small, expected_small)
+            rows[name] = _prepare(name, host, case, answers)
         ready = {name: hosts[name] for name in names if not rows[name].reason}
         _say(f"timing {', '.join(ready)}")
         timings = interleave({name: host.step for name, host in ready.items()}, rounds, limit_s, warm_up=0)
@@ -145,17 +157,19 @@ def run_case(
     return [_compared(rows[name], rows.get(BASELINE), limit) for name in names], limit
 
 
-def _prepare(name: str, host: Host, case: Case, expected: Truth, small: Case, expected_small: Truth) -> Row:
+def _prepare(name: str, host: Host, case: Case, answers: Answers) -> Row:
     """Build, check and start one side; its row has a reason where it ends here."""
     row = Row(name)
     try:
         if needs_small(name):
-            row = _judged(row, check_small(host, small, expected_small))
+            row = _judged(row, check_small(host, answers.small, answers.expected_small))
+        if needs_small(name) and not row.wrong:
+            row = _judged(row, check_rounded(host, small_copies(case.config)))
         if not row.wrong:
             host.build(case.config, case.episodes, case.parameters)
             row = replace(row, first_step_s=host.step())
             host.load(case.parameters)
-            row = _judged(row, check_timed(host, case, expected))
+            row = _judged(row, check_timed(host, case, answers.expected))
         if not row.wrong:
             row = replace(row, peak_bytes=host.peak_memory())  # the step that warms up, too
     except (Unavailable, Dropped) as reason:
@@ -260,7 +274,8 @@ def _record(config: Config, rows: Sequence[Row], limit: dict[str, Any]) -> dict[
         plain = {key: value for key, value in asdict(row).items() if key not in ("seconds", "gain", "share")}
         figures = {key: timing.as_dict() for key, timing in timings.items() if timing.samples}
         sides.append({**plain, "once_s": row.once_s, "fraction_of_limit": row.share, **figures})
-    tolerances = TOLERANCE[config.run.precision]
+    precision = config.run.precision
+    tolerances = {"small": TOLERANCE[precision], "timed": TIMED_TOLERANCE[precision]}
     return {
         "description": describe(config),
         "device": device_of(config).type,
