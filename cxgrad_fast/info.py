@@ -10,9 +10,9 @@ from importlib import metadata
 
 import torch
 
+from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.cli import Parser, run_command
 from cxgrad_fast.config import InputError
-from cxgrad_fast.data.cache import cache_folder
 from cxgrad_fast.kernels import backends
 
 _PACKAGES = (
@@ -45,8 +45,10 @@ def report() -> list[str]:
     lines += [_line(name, package_version(name)) for name in _PACKAGES]
     lines += ["", "devices", _line("cpu", f"{_cpu_name()}, {_usable_cores()} cores, {torch.get_num_threads()} threads")]
     lines += [_line("cuda", cuda_state()), "", "backends"]
-    lines += [_line(name, f"no: {reason}" if reason else "yes") for name, reason in backends.availability().items()]
-    lines += ["", "cache of decoded and rendered images", f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]
+    details = backends.details()
+    for name, reason in backends.availability().items():
+        lines.append(_line(name, f"no: {reason}" if reason else ", ".join(filter(None, ("yes", details.get(name))))))
+    lines += ["", "cache of decoded and rendered images, and of built operators", f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]
     return lines
 
 

@@ -1,30 +1,44 @@
 """What can run the operators here, why the rest cannot, and the choice.
 
-An explicit choice (``CXGRAD_BACKEND`` or :func:`use_backend`, which is where the config field ends) must succeed;
-``auto`` takes the best that can run.
+An explicit choice (``CXGRAD_BACKEND`` or :func:`use_backend`, which is where the config field ends) must be able to run
+here; ``auto`` takes the best that can. An operator that a backend does not have runs on the reference.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+from torch import Tensor
+
 from cxgrad_fast.config import InputError
+from cxgrad_fast.kernels import registration
 
 NAMES = ("reference", "cpp", "triton")
+
+_DEVICES = {"cpp": "cpu", "triton": "cuda"}  # of the fast backends, the best for each device
+_PRECISIONS = (torch.float32, torch.float64)  # that they have
 
 _configured: ContextVar[str] = ContextVar("cxgrad_backend", default="auto")
 
 
 def availability() -> dict[str, str]:
-    """Every backend's name with the reason why it cannot run here, empty where it can."""
-    return {
-        "reference": "",
-        "cpp": "this version has no C++ operators",
-        "triton": "this version has no Triton operators",
-    }
+    """Every backend's name with the reason why it cannot run here, empty where it can.
+
+    Asking builds the C++ operators where they have not been built yet.
+    """
+    return {name: _why_not(name) for name in NAMES}
+
+
+def details() -> dict[str, str]:
+    """More about the backends that can run: instruction set and file of the C++ operators."""
+    reason, path = registration.load()
+    return {} if reason else {"cpp": f"{torch.ops.cxgrad_fast.instruction_set()}, {path}"}
 
 
 @contextmanager
@@ -44,18 +58,50 @@ def use_backend(name: str) -> Iterator[None]:
         _configured.reset(token)
 
 
-def choose() -> str:
-    """The backend for an operator call: ``CXGRAD_BACKEND``, else :func:`use_backend`'s, else the best available.
+def choose(implementations: Collection[str], tensor: Tensor) -> str:
+    """The backend for one operator call: ``CXGRAD_BACKEND``, else :func:`use_backend`'s, else the best available.
+
+    Args:
+        implementations: the backends that have the operator; the reference has all.
+        tensor: one of the arguments.
 
     Raises:
-        InputError: ``CXGRAD_BACKEND`` names a backend that is unknown or cannot run here.
+        InputError: ``CXGRAD_BACKEND`` names a backend that is unknown or cannot run here, or a named one does not run
+            on the tensor's device.
     """
-    name = os.environ.get("CXGRAD_BACKEND", "")
+    name, setting = os.environ.get("CXGRAD_BACKEND", ""), "CXGRAD_BACKEND"
     if name:
-        _require(name, "CXGRAD_BACKEND")
+        _require(name, setting)
     else:
-        name = _configured.get()
-    return "reference" if name == "auto" else name
+        name, setting = _configured.get(), "backend"
+    device = tensor.device.type
+    if name == "auto":
+        return _best(implementations, tensor)
+    if _DEVICES.get(name, device) != device:
+        raise InputError(f"{setting} = {name} runs on {_DEVICES[name]}, got a tensor on {tensor.device}")
+    return name if name in implementations else "reference"
+
+
+def _best(implementations: Collection[str], tensor: Tensor) -> str:
+    for name, device in _DEVICES.items():
+        if name in implementations and device == tensor.device.type and tensor.dtype in _PRECISIONS:
+            reason = _why_not(name)
+            if not reason:
+                return name
+            _warn_once(name, reason)
+    return "reference"
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    message = f"{name} operators cannot run here, the slower PyTorch reference takes over: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=5)  # at the operator's caller
+
+
+def _why_not(name: str) -> str:
+    if name == "cpp":
+        return registration.load()[0]
+    return "this version has no Triton operators" if name == "triton" else ""
 
 
 def _require(name: str, setting: str) -> None:
@@ -63,6 +109,6 @@ def _require(name: str, setting: str) -> None:
         return
     if name not in NAMES:
         raise InputError(f"{setting} takes one of auto, {', '.join(NAMES)}, got '{name}'")
-    reason = availability()[name]
+    reason = _why_not(name)
     if reason:
         raise InputError(f"{setting} = {name} cannot run here: {reason}")

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent
 # what a room may import; every room may import config
 ALLOWED = {
     "config": set(),
-    "kernels": {"kernels"},
+    "cache_folder": set(),
+    "kernels": {"kernels", "cache_folder"},
     "models": {"kernels", "models"},
     "algorithms": {"kernels", "models", "algorithms"},
-    "data": {"data"},
+    "data": {"data", "cache_folder"},
     "episodes": {"data"},
     "engine": {"kernels", "models", "algorithms", "engine", "episodes"},
     "learner": {"kernels", "models", "algorithms", "engine", "episodes"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "cli": set(),
     "train": {"cli", "runs", "checkpoints", "evaluate", "learner", "episodes", "data"},
     "evaluate": {"cli", "runs", "checkpoints", "learner", "episodes", "data"},
-    "info": {"cli", "kernels", "data"},
+    "info": {"cli", "kernels", "cache_folder"},
     "__init__": {"config", "episodes", "learner", "runs"},
 }
 

@@ -13,7 +13,8 @@ import torch
 
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import ImagePool, open_pool
-from cxgrad_fast.data.cache import cache_folder, cached
+from cxgrad_fast.cache_folder import cache_folder
+from cxgrad_fast.data.cache import cached
 from cxgrad_fast.episodes import EpisodeSampler
 
 SMALL = {"task.ways": 3, "task.shots": 2, "task.queries": 4, "model.image_size": 16}

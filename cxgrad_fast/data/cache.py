@@ -1,8 +1,4 @@
-"""The on-disk cache of finished arrays: decoded folders, rendered glyphs.
-
-It lives in ``$CXGRAD_CACHE``, else ``$XDG_CACHE_HOME/cxgrad_fast``, else ``~/.cache/cxgrad_fast``, and may be deleted
-at any time.
-"""
+"""The on-disk cache of finished arrays: decoded folders, rendered glyphs."""
 
 from __future__ import annotations
 
@@ -18,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cxgrad_fast.cache_folder import cache_folder
+
 
 def cached(name: str, facts: object, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays of ``build()``, from the cache where the same name and facts have been built before.
@@ -32,6 +30,8 @@ def cached(name: str, facts: object, build: Callable[[], dict[str, np.ndarray]])
     """
     digest = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()
     folder = cache_folder()
+    if folder is None:
+        _warn_once("no home folder to cache data in: set CXGRAD_CACHE to one; going on without")
     path = folder / f"{name}-{digest[:32]}.npz" if folder else None
     if path and (arrays := _read(path)) is not None:
         return arrays
@@ -42,19 +42,6 @@ def cached(name: str, facts: object, build: Callable[[], dict[str, np.ndarray]])
         except OSError as error:
             _warn_once(f"cannot write the cache folder '{path.parent}' ({error.strerror}): going on without")
     return arrays
-
-
-def cache_folder() -> Path | None:
-    """Where cached arrays live; None where the machine names no home."""
-    if named := os.environ.get("CXGRAD_CACHE"):
-        return Path(named)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "cxgrad_fast"
-    try:
-        return Path.home() / ".cache" / "cxgrad_fast"
-    except RuntimeError:
-        _warn_once("no home folder to cache data in: set CXGRAD_CACHE to one; going on without")
-        return None
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:

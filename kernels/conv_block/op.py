@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
-from cxgrad_fast.kernels.conv_block import reference
+from cxgrad_fast.kernels.conv_block import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.conv_block}
+_IMPLEMENTATIONS = {"reference": reference.conv_block, "cpp": cpp.block}
 
 
 @overload
@@ -112,7 +112,7 @@ def conv_block(
         raise ValueError("statistics belong to norm='batch': a group norm takes its own from each image")
     if patch_statistics is not None:
         _check_first_layer(x, size, pool, norm, patch_statistics, statistics)
-    y, mean, variance = _IMPLEMENTATIONS[backends.choose()](
+    y, mean, variance = _IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, x)](
         x,
         weight,
         scale,

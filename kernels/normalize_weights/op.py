@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
-from cxgrad_fast.kernels.normalize_weights import reference
+from cxgrad_fast.kernels.normalize_weights import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.normalize_weights}
+_IMPLEMENTATIONS = {"reference": reference.normalize_weights, "cpp": cpp.normalize_weights}
 
 
 def normalize_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -34,4 +34,4 @@ def normalize_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     for layer, weight in enumerate(weights):
         check_shape(f"weights[{layer}]", weight, [(tasks, 1), *weight.shape[1:]], "T tasks, or 1")
         check_like(f"weights[{layer}]", weight, "weights[0]", weights[0])
-    return _IMPLEMENTATIONS[backends.choose()](weights)
+    return _IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, weights[0])](weights)

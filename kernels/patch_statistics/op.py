@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_shape
-from cxgrad_fast.kernels.patch_statistics import reference
+from cxgrad_fast.kernels.patch_statistics import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.patch_statistics}
+_IMPLEMENTATIONS = {"reference": reference.patch_statistics, "cpp": cpp.patch_statistics}
 
 
 class PatchStatistics(NamedTuple):
@@ -39,4 +39,4 @@ def patch_statistics(x: Tensor) -> PatchStatistics:
     check_shape("x", x, ["T", "S", "C", "H", "W"])
     if x.requires_grad:
         raise ValueError("x must not require a gradient: patch statistics are constants of an image set")
-    return PatchStatistics(*_IMPLEMENTATIONS[backends.choose()](x))
+    return PatchStatistics(*_IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, x)](x))

@@ -32,4 +32,4 @@ def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, paddi
     check_like("shortcut", shortcut, "x", x)
     if slope < 0 or padding not in (0, 1):
         raise ValueError(f"slope must not be negative and padding must be 0 or 1, got {slope} and {padding}")
-    return _IMPLEMENTATIONS[backends.choose()](x, shortcut, slope=slope, pool=pool, padding=padding)
+    return _IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, x)](x, shortcut, slope=slope, pool=pool, padding=padding)

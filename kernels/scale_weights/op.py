@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
-from cxgrad_fast.kernels.scale_weights import reference
+from cxgrad_fast.kernels.scale_weights import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.scale_weights}
+_IMPLEMENTATIONS = {"reference": reference.scale_weights, "cpp": cpp.scale_weights}
 
 
 def scale_weights(weights: Sequence[Tensor], gammas: Tensor) -> list[Tensor]:
@@ -30,4 +30,4 @@ def scale_weights(weights: Sequence[Tensor], gammas: Tensor) -> list[Tensor]:
     for layer, weight in enumerate(weights):
         check_shape(f"weights[{layer}]", weight, [(len(gammas), 1), *weight.shape[1:]], "T from gammas, or 1")
         check_like(f"weights[{layer}]", weight, "gammas", gammas)
-    return _IMPLEMENTATIONS[backends.choose()](weights, gammas)
+    return _IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, gammas)](weights, gammas)

@@ -1,0 +1,291 @@
+// The operators' schemas, and what they ask of their arguments. Everything behind this file trusts what it gets.
+//
+// Derivatives are operators of their own, x -> x_backward -> x_double_backward; kernels/<x>/cpp.py chains them.
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "buffers.h"
+#include "conv_block.h"
+#include "patch_statistics.h"
+#include "simd.h"
+#include "weights.h"
+
+namespace cxgrad {
+namespace {
+
+// --- checks: every message has the argument's name, what was expected and what came ---
+
+void check_like(const std::string& name, const at::Tensor& tensor, const std::string& other_name,
+                const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == other.scalar_type() && tensor.device() == other.device(), name, " must be ",
+                    other.scalar_type(), " on ", other.device(), " like ", other_name, ", got ", tensor.scalar_type(),
+                    " on ", tensor.device());
+}
+
+void check_floating(const std::string& name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
+                    " must be Float or Double, got ", tensor.scalar_type());
+}
+
+void check_shape(const std::string& name, const at::Tensor& tensor, at::IntArrayRef expected, const char* why) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " must be ", expected, " (", why, "), got ", tensor.sizes());
+}
+
+std::string entry(const char* list, size_t index) { return std::string(list) + "[" + std::to_string(index) + "]"; }
+
+// weights [T or 1, ...] of one precision
+void check_weights(at::TensorList weights, int64_t tasks) {
+  TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one tensor, got none");
+  check_floating("weights[0]", weights[0]);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    TORCH_CHECK_VALUE(weights[l].dim() > 0 && (weights[l].size(0) == tasks || weights[l].size(0) == 1),
+                      entry("weights", l), " must be [", tasks, " or 1, ...] (T tasks), got ", weights[l].sizes());
+    check_like(entry("weights", l), weights[l], "weights[0]", weights[0]);
+  }
+}
+
+// [T, L]
+void check_numbers(const char* name, const at::Tensor& numbers, at::TensorList weights) {
+  TORCH_CHECK_VALUE(numbers.dim() == 2 && numbers.size(1) == int64_t(weights.size()), name, " must be [T, ",
+                    weights.size(), "] (one a task and weight), got ", numbers.sizes());
+  check_like(name, numbers, "weights[0]", weights[0]);
+}
+
+// one tensor a weight, with the weight's shape, or [tasks, ...] where tasks is given
+void check_cotangents(const char* name, at::TensorList given, at::TensorList weights, int64_t tasks = -1) {
+  TORCH_CHECK_VALUE(given.size() == weights.size(), name, " must hold ", weights.size(),
+                    " tensors (one a weight), got ", given.size());
+  for (size_t l = 0; l < given.size(); ++l) {
+    auto sizes = weights[l].sizes().vec();
+    if (tasks >= 0) sizes[0] = tasks;
+    check_shape(entry(name, l), given[l], sizes, tasks >= 0 ? "a scaled weight" : "its weight");
+    check_like(entry(name, l), given[l], "weights[0]", weights[0]);
+  }
+}
+
+// --- scale_weights ---
+
+void check_scale(at::TensorList weights, const at::Tensor& gammas) {
+  TORCH_CHECK_VALUE(gammas.dim() == 2, "gammas must be [T, L], got ", gammas.sizes());
+  check_weights(weights, gammas.size(0));
+  check_numbers("gammas", gammas, weights);
+}
+
+Tensors checked_scale_weights(at::TensorList weights, const at::Tensor& gammas) {
+  check_scale(weights, gammas);
+  return scale_weights(weights, gammas);
+}
+
+std::tuple<Tensors, at::Tensor> checked_scale_weights_backward(at::TensorList weights, const at::Tensor& gammas,
+                                                               at::TensorList v) {
+  check_scale(weights, gammas);
+  check_cotangents("v", v, weights, gammas.size(0));
+  return scale_weights_backward(weights, gammas, v);
+}
+
+std::tuple<Tensors, at::Tensor, Tensors> checked_scale_weights_double_backward(at::TensorList weights,
+                                                                               const at::Tensor& gammas,
+                                                                               at::TensorList v, at::TensorList a,
+                                                                               const at::Tensor& c) {
+  check_scale(weights, gammas);
+  check_cotangents("v", v, weights, gammas.size(0));
+  check_cotangents("a", a, weights);
+  check_numbers("c", c, weights);
+  check_shape("c", c, gammas.sizes(), "like gammas");
+  return scale_weights_double_backward(weights, gammas, v, a, c);
+}
+
+// --- normalize_weights ---
+
+void check_normalize(at::TensorList weights) {
+  int64_t tasks = 1;
+  for (const auto& weight : weights)
+    if (tasks == 1 && weight.dim() > 0) tasks = weight.size(0);
+  check_weights(weights, tasks);
+}
+
+std::tuple<Tensors, at::Tensor> checked_normalize_weights(at::TensorList weights) {
+  check_normalize(weights);
+  return normalize_weights(weights);
+}
+
+Tensors checked_normalize_weights_backward(at::TensorList weights, at::TensorList v, const at::Tensor& n) {
+  check_normalize(weights);
+  check_cotangents("v", v, weights);
+  check_numbers("n", n, weights);
+  return normalize_weights_backward(weights, v, n);
+}
+
+std::tuple<Tensors, Tensors, at::Tensor> checked_normalize_weights_double_backward(at::TensorList weights,
+                                                                                   at::TensorList v,
+                                                                                   const at::Tensor& n,
+                                                                                   at::TensorList a) {
+  check_normalize(weights);
+  check_cotangents("v", v, weights);
+  check_cotangents("a", a, weights);
+  check_numbers("n", n, weights);
+  return normalize_weights_double_backward(weights, v, n, a);
+}
+
+// --- patch_statistics ---
+
+std::tuple<at::Tensor, at::Tensor> checked_patch_statistics(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 5, "x must be [T, S, C, H, W], got ", x.sizes());
+  check_floating("x", x);
+  return patch_statistics(x);
+}
+
+// --- conv_block ---
+
+// what every derivative has of the forward operator's arguments
+void check_block(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps,
+                 bool pool, const OptionalTensor& patch_mean, const OptionalTensor& patch_covariance) {
+  TORCH_CHECK_VALUE(x.dim() == 5, "x must be [T, S, Cin, H, W], got ", x.sizes());
+  check_floating("x", x);
+  const int64_t tasks = x.size(0), inputs = x.size(2);
+  TORCH_CHECK_VALUE(weight.dim() == 5 && weight.size(0) == tasks && weight.size(2) == inputs &&
+                        weight.size(3) == weight.size(4) && (weight.size(3) == 1 || weight.size(3) == 3),
+                    "weight must be [", tasks, ", Cout, ", inputs, ", k, k] with k 1 or 3 (T and Cin from x), got ",
+                    weight.sizes());
+  check_like("weight", weight, "x", x);
+  const int64_t outputs = weight.size(1);
+  for (const auto& [name, tensor] : {std::pair{"scale", scale}, std::pair{"bias", bias}}) {
+    check_shape(name, tensor, {tasks, outputs}, "T from x, Cout from weight");
+    check_like(name, tensor, "x", x);
+  }
+  check_shape("eps", eps, {tasks}, "T from x");
+  check_like("eps", eps, "x", x);
+  TORCH_CHECK_VALUE(patch_mean.has_value() == patch_covariance.has_value(),
+                    "patch_mean and patch_covariance come together");
+  if (!patch_mean) return;
+  const int64_t taps = 9 * inputs;
+  TORCH_CHECK_VALUE(pool && weight.size(3) == 3, "patch statistics need pool=True and a 3x3 kernel");
+  check_shape("patch_mean", *patch_mean, {tasks, taps}, "T from x, 9 Cin");
+  check_shape("patch_covariance", *patch_covariance, {tasks, taps, taps}, "T from x, 9 Cin");
+  TORCH_CHECK_VALUE(patch_mean->scalar_type() == at::kDouble && patch_covariance->scalar_type() == at::kDouble,
+                    "patch statistics must be Double, got ", patch_mean->scalar_type(), " and ",
+                    patch_covariance->scalar_type());
+}
+
+// what the forward operator handed to its derivatives
+void check_saved(const Tensor& q, const Tensor& x, const Tensor& weight, const Tensor& y, const Tensor& selected,
+                 const Tensor& corners, const Tensor& moments, bool pool, bool first_layer) {
+  const int64_t tasks = x.size(0), images = x.size(1), outputs = weight.size(1), height = x.size(3), width = x.size(4);
+  const std::vector<int64_t> none{0}, full{tasks, images, outputs, height, width};
+  const std::vector<int64_t> pooled{tasks, images, outputs, height / 2, width / 2};
+  check_shape("q", q, pool ? pooled : full, "the forward operator's output");
+  check_like("q", q, "x", x);
+  check_shape("y", y, first_layer ? none : full, "the convolution's output; none in the first layer");
+  check_like("y", y, "x", x);
+  check_shape("selected", selected, pool ? pooled : none, "the forward operator's output; none without pool");
+  check_like("selected", selected, "x", x);
+  check_shape("corners", corners, pool ? pooled : none, "the forward operator's output; none without pool");
+  TORCH_CHECK_VALUE(corners.scalar_type() == at::kByte, "corners must be Byte, got ", corners.scalar_type());
+  check_shape("moments", moments, {tasks, 2, outputs}, "T, mean and variance, Cout");
+  TORCH_CHECK_VALUE(moments.scalar_type() == at::kDouble, "moments must be Double, got ", moments.scalar_type());
+}
+
+auto checked_conv_block(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias,
+                        const Tensor& eps, double slope, bool pool, const OptionalTensor& patch_mean,
+                        const OptionalTensor& patch_covariance) {
+  check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
+  TORCH_CHECK_VALUE(slope >= 0, "slope must not be negative, got ", slope);
+  return conv_block(x, weight, scale, bias, eps, slope, pool, patch_mean, patch_covariance);
+}
+
+auto checked_conv_block_backward(const Tensor& q, const OptionalTensor& y_gradient, const Tensor& x,
+                                 const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps,
+                                 const Tensor& y, const Tensor& selected, const Tensor& corners, const Tensor& moments,
+                                 double slope, bool pool, const OptionalTensor& patch_mean,
+                                 const OptionalTensor& patch_covariance, bool need_x, bool need_weight) {
+  check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
+  check_saved(q, x, weight, y, selected, corners, moments, pool, patch_mean.has_value());
+  if (y_gradient) check_shape("y_gradient", *y_gradient, y.sizes(), "like y");
+  return conv_block_backward(q, y_gradient, x, weight, scale, bias, eps, y, selected, corners, moments, slope, pool,
+                             patch_mean, patch_covariance, need_x, need_weight);
+}
+
+auto checked_conv_block_double_backward(
+    const OptionalTensor& on_x, const OptionalTensor& on_weight, const OptionalTensor& on_scale,
+    const OptionalTensor& on_bias, const OptionalTensor& on_eps, const Tensor& q, const Tensor& x, const Tensor& weight,
+    const Tensor& scale, const Tensor& bias, const Tensor& eps, const Tensor& y, const Tensor& selected,
+    const Tensor& corners, const Tensor& moments, const Tensor& dscale, const Tensor& dbias, const Tensor& sparse,
+    double slope, bool pool, const OptionalTensor& patch_mean, const OptionalTensor& patch_covariance, bool need_x,
+    bool need_weight) {
+  check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
+  check_saved(q, x, weight, y, selected, corners, moments, pool, patch_mean.has_value());
+  const std::pair<const char*, std::pair<const OptionalTensor&, const Tensor&>> cotangents[] = {
+      {"on_x", {on_x, x}}, {"on_weight", {on_weight, weight}}, {"on_scale", {on_scale, scale}},
+      {"on_bias", {on_bias, bias}}, {"on_eps", {on_eps, eps}}};
+  for (const auto& [name, pair] : cotangents) {
+    if (!pair.first) continue;
+    check_shape(name, *pair.first, pair.second.sizes(), "like what it is a cotangent of");
+    check_like(name, *pair.first, "x", x);
+  }
+  check_shape("dscale", dscale, scale.sizes(), "like scale");
+  check_shape("dbias", dbias, bias.sizes(), "like bias");
+  return conv_block_double_backward(on_x, on_weight, on_scale, on_bias, on_eps, q, x, weight, scale, bias, eps, y,
+                                    selected, corners, moments, dscale, dbias, sparse, slope, pool, patch_mean,
+                                    patch_covariance, need_x, need_weight);
+}
+
+std::string instruction_set() {
+  return kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
+}
+
+}  // namespace
+}  // namespace cxgrad
+
+TORCH_LIBRARY(cxgrad_fast, m) {
+  m.def("instruction_set() -> str", &cxgrad::instruction_set);
+
+  m.def("scale_weights(Tensor[] weights, Tensor gammas) -> Tensor[]");
+  m.def("scale_weights_backward(Tensor[] weights, Tensor gammas, Tensor[] v) -> (Tensor[], Tensor)");
+  m.def(
+      "scale_weights_double_backward(Tensor[] weights, Tensor gammas, Tensor[] v, Tensor[] a, Tensor c)"
+      " -> (Tensor[], Tensor, Tensor[])");
+
+  m.def("normalize_weights(Tensor[] weights) -> (Tensor[], Tensor)");
+  m.def("normalize_weights_backward(Tensor[] weights, Tensor[] v, Tensor n) -> Tensor[]");
+  m.def(
+      "normalize_weights_double_backward(Tensor[] weights, Tensor[] v, Tensor n, Tensor[] a)"
+      " -> (Tensor[], Tensor[], Tensor)");
+
+  m.def("patch_statistics(Tensor x) -> (Tensor, Tensor)");
+
+  m.def(
+      "conv_block(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor eps, float slope, bool pool,"
+      " Tensor? patch_mean, Tensor? patch_covariance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_block_backward(Tensor q, Tensor? y_gradient, Tensor x, Tensor weight, Tensor scale, Tensor bias,"
+      " Tensor eps, Tensor y, Tensor selected, Tensor corners, Tensor moments, float slope, bool pool,"
+      " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_block_double_backward(Tensor? on_x, Tensor? on_weight, Tensor? on_scale, Tensor? on_bias, Tensor? on_eps,"
+      " Tensor q, Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor eps, Tensor y, Tensor selected,"
+      " Tensor corners, Tensor moments, Tensor dscale, Tensor dbias, Tensor sparse, float slope, bool pool,"
+      " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // for tests and benches
+  m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
+  m.def("poison_buffers(bool on) -> ()", &cxgrad::poison_buffers);
+  m.def("release_buffers() -> int", &cxgrad::release_buffers);
+}
+
+TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {
+  m.impl("scale_weights", &cxgrad::checked_scale_weights);
+  m.impl("scale_weights_backward", &cxgrad::checked_scale_weights_backward);
+  m.impl("scale_weights_double_backward", &cxgrad::checked_scale_weights_double_backward);
+  m.impl("normalize_weights", &cxgrad::checked_normalize_weights);
+  m.impl("normalize_weights_backward", &cxgrad::checked_normalize_weights_backward);
+  m.impl("normalize_weights_double_backward", &cxgrad::checked_normalize_weights_double_backward);
+  m.impl("patch_statistics", &cxgrad::checked_patch_statistics);
+  m.impl("conv_block", &cxgrad::checked_conv_block);
+  m.impl("conv_block_backward", &cxgrad::checked_conv_block_backward);
+  m.impl("conv_block_double_backward", &cxgrad::checked_conv_block_double_backward);
+}
