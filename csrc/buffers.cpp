@@ -1,5 +1,6 @@
 #include "buffers.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -34,6 +35,7 @@ class Pool {
       block = std::aligned_alloc(kPage, bytes);
     }
     if (!block) throw std::bad_alloc();
+    fresh_ += bytes;
     return block;
   }
 
@@ -63,8 +65,11 @@ class Pool {
     return int64_t(released);
   }
 
+  int64_t fresh() const { return int64_t(fresh_); }
+
  private:
   std::mutex mutex_;
+  std::atomic<size_t> fresh_{0};  // taken from the system since the start
   std::unordered_map<size_t, std::vector<void*>> free_;
   size_t used_ = 0, kept_ = 0, peak_ = 0;
 };
@@ -101,6 +106,8 @@ at::Tensor empty_images(int64_t tasks, int64_t images, int64_t channels, int64_t
 }
 
 int64_t release_buffers() { return pool().release(); }
+
+int64_t fresh_buffer_bytes() { return pool().fresh(); }
 
 void poison_buffers(bool on) { poisoned = on; }
 

@@ -16,6 +16,9 @@ at::Tensor empty_images(int64_t tasks, int64_t images, int64_t channels, int64_t
 // give the kept memory back to the system; the number of bytes that it was
 int64_t release_buffers();
 
+// bytes taken from the system so far: a step like the last one takes none
+int64_t fresh_buffer_bytes();
+
 // fill what is handed out from now on with NaN (0xFF bytes): tests find what a kernel forgets to write
 void poison_buffers(bool on);
 

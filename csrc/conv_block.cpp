@@ -351,12 +351,13 @@ Tensor channel_tensor(const Geometry& g, const std::vector<double>& values, cons
   return out;
 }
 
-// db and dg [T, 2, C]
+// db, dg and, where `images` are given, the rows of the first layer's D: [T, 2 + taps, C]. One reading of q serves all.
 template <class T>
-Sums<T> affine_gradients(const Geometry& g, const T* q, const T* y, const T* selected, const uint8_t* corners,
-                         Channels<T>& channels, T slope) {
-  Sums<T> sums(g, 2, g.outputs);
+Sums<T> pooled_sums(const Geometry& g, const T* q, const T* y, const T* selected, const uint8_t* corners,
+                    Channels<T>& channels, T slope, const Tensor* images) {
+  Sums<T> sums(g, 2 + (images ? g.taps() : 0), g.outputs);
   sums.start(0, g.tasks);
+  if (images) convolution_count += g.tasks * g.count() / 4 * g.taps() * g.outputs;
   for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {
     const int64_t at = unit * g.out_size();
     double* part = sums.part(task, unit % g.images);
@@ -364,9 +365,22 @@ Sums<T> affine_gradients(const Geometry& g, const T* q, const T* y, const T* sel
       reduce_pooled(g.plane(), q + at, selected + at, corners + at, slope, part);
     else
       reduce_full(g.plane(), q + at, y + unit * g.image_size(), channels.affine(task), slope, part);
+    if (images)
+      first_weight_gradient(g.layer(), interleaved<T>(g, *images, unit), q + at, corners + at, slope,
+                            part + 2 * round_up(g.outputs, kWidth<T>));
   });
   sums.finish(g.tasks);
   return sums;
+}
+
+// D [T, K, C] of the first layer
+template <class T>
+Tensor sparse_of(const Geometry& g, Sums<T>& sums) {
+  Tensor out = at::empty({g.tasks, g.taps(), g.outputs}, at::kDouble);
+  for (int64_t task = 0; task < g.tasks; ++task)
+    std::copy(sums.row(task, 2), sums.row(task, 2) + g.taps() * g.outputs,
+              out.mutable_data_ptr<double>() + task * g.taps() * g.outputs);
+  return out;
 }
 
 // rows 0 to 2 of a table: k, k db / n, k dg / n
@@ -381,24 +395,6 @@ void fill_linear(const Channels<T>& channels, const double* dbias, const double*
     table.row(task, 1)[c] = T(k * dbias[i] / n);
     table.row(task, 2)[c] = T(k * dscale[i] / n);
   }
-}
-
-// D [T, K, C] of the first layer
-template <class T>
-Tensor sparse_gradient(const Geometry& g, const Tensor& x, const T* q, const uint8_t* corners, T slope) {
-  const FirstLayer layer = g.layer();
-  convolution_count += g.tasks * g.count() / 4 * g.taps() * g.outputs;
-  Sums<T> sums(g, g.taps(), g.outputs);
-  sums.start(0, g.tasks);
-  for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {
-    const int64_t at = unit * g.out_size();
-    first_weight_gradient(layer, interleaved<T>(g, x, unit), q + at, corners + at, slope,
-                          sums.part(task, unit % g.images));
-  });
-  sums.finish(g.tasks);
-  Tensor out = at::empty({g.tasks, g.taps(), g.outputs}, x.options().dtype(at::kDouble));
-  std::copy(sums.row(0, 0), sums.row(0, 0) + out.numel(), out.mutable_data_ptr<double>());
-  return out;
 }
 
 // The gradients of a convolution's input x [T, S, H, W, inputs] and weight, where they are needed, for a gradient of its
@@ -447,8 +443,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Channels<T> channels(g, scale, bias, eps, moments);
   const T* q_data = q.const_data_ptr<T>();
   const uint8_t* corner_data = corners.const_data_ptr<uint8_t>();
-  Sums<T> sums = affine_gradients(g, q_data, y.const_data_ptr<T>(), selected.const_data_ptr<T>(), corner_data,
-                                  channels, slope);
+  Sums<T> sums = pooled_sums(g, q_data, y.const_data_ptr<T>(), selected.const_data_ptr<T>(), corner_data, channels,
+                             slope, patches && need_weight ? &x_ : nullptr);
   std::vector<double> dbias, dscale;  // [T, C]
   for (int64_t task = 0; task < g.tasks; ++task) {
     dbias.insert(dbias.end(), sums.row(task, 0), sums.row(task, 0) + g.outputs);
@@ -456,7 +452,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   Tensor dx = nothing(x_), dweight = nothing(x_), sparse = at::empty({0}, options.dtype(at::kDouble));
   if (patches && need_weight) {
-    sparse = sparse_gradient(g, x_, q_data, corner_data, slope);
+    sparse = sparse_of(g, sums);
     const PatchProducts p = patch_products(g, weight.const_data_ptr<T>(), patches->mean.const_data_ptr<double>(),
                                            patches->covariance.const_data_ptr<double>());
     dweight = at::empty_like(weight, at::MemoryFormat::Contiguous);
@@ -558,7 +554,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
 
   // u and its three sums [T, C]
   std::vector<double> su(size_t(channels_in_all), 0.0), su_unit = su, su_dz = su;
-  Tensor u;  // [T, S, H, W, C], in the first layer at the arg-max alone: [T, S, H / 2, W / 2, C]
+  Tensor u;  // [T, S, H, W, C]; in the first layer never stored
   PatchProducts of_weight, of_direction;
   Tensor sparse = sparse_;
   const int64_t taps = g.taps();
@@ -567,8 +563,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     const double* sigma = patches->covariance.const_data_ptr<double>();
     of_weight = patch_products(g, weight.const_data_ptr<T>(), mu, sigma);
     // a first derivative in epsilon alone did not need it
-    if (sparse_.dim() != 3 && (need_weight || direction.defined()))
-      sparse = sparse_gradient(g, x_, q_data, corner_data, slope);
+    if (sparse_.dim() != 3 && (need_weight || direction.defined())) {
+      Sums<T> sums = pooled_sums(g, q_data, y_data, selected_data, corner_data, channels, slope, &x_);
+      sparse = sparse_of(g, sums);
+    }
     if (direction.defined()) {
       of_direction = patch_products(g, direction.const_data_ptr<T>(), mu, sigma);
       const int64_t row = g.outputs;
@@ -581,15 +579,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
           su_dz[i] += w * d[t * row];
         }
       }
-      u = empty_buffer({g.tasks, g.images, g.out_height(), g.out_width(), g.outputs}, options);
-      convolution_count += g.tasks * g.count() / 4 * taps * g.outputs;
-      const T* packed = taps_of(g, direction.const_data_ptr<T>());
-      const int64_t weight_size = taps * round_up(g.outputs, kWidth<T>);
-      for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {
-        const T* image = interleaved<T>(g, x_, unit);
-        const int64_t at = unit * g.out_size();
-        first_select(g.layer(), image, packed + task * weight_size, corner_data + at, u.mutable_data_ptr<T>() + at);
-      });
     }
   } else {
     std::vector<typename Convolution<T>::Term> terms;
@@ -666,10 +655,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     return Second<T>{{row(0), row(1), row(2)}, row(3), row(4), row(5), row(6), row(7), row(8), row(9), row(10)};
   };
   if (patches) {
+    const T* packed = nullptr;
+    if (direction.defined()) {
+      packed = taps_of(g, direction.const_data_ptr<T>());
+      convolution_count += g.tasks * g.count() / 4 * taps * g.outputs;
+    }
+    const int64_t weight_size = taps * round_up(g.outputs, kWidth<T>);
     for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {
       const int64_t at = unit * g.out_size();
-      first_second(g.plane(), u.defined() ? u.const_data_ptr<T>() + at : nullptr, selected_data + at, corner_data + at,
-                   second(task), slope, q_out + at);
+      T* at_corners = nullptr;  // u at the arg-max
+      if (packed) {
+        at_corners = scratch<T>(Slot::kGradient, g.out_size());
+        first_select(g.layer(), interleaved<T>(g, x_, unit), packed + task * weight_size, corner_data + at, at_corners);
+      }
+      first_second(g.plane(), at_corners, selected_data + at, corner_data + at, second(task), slope, q_out + at);
     });
     if (need_weight) {
       weight_gradient_ = at::empty_like(weight, at::MemoryFormat::Contiguous);

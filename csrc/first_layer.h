@@ -7,6 +7,7 @@
 // the order of norm.h's corners, and a permutation by the corner fetches every channel's own.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "norm.h"
@@ -54,71 +55,50 @@ inline int64_t tap_offset(const FirstLayer& layer, int64_t c, int64_t row, int64
   return c * layer.plane_size() + row * layer.row_size() + 2 * column;
 }
 
-// one window, `Vectors` vectors of channels: the convolution at its four corners
+// a row of windows, `Vectors` vectors of channels from `channel` on, `Windows` windows at a time
 template <class T, int Vectors, int Windows>
-inline void convolve_window(const FirstLayer& layer, const T* window, const T* weights, int64_t weight_row,
-                            Vec<T> (&sum)[Windows][4][Vectors]) {
+inline void first_forward_row(const FirstLayer& layer, const T* image, const T* weights, int64_t weight_row,
+                              const Affine<T>& affine, T slope, int64_t channel, int64_t columns, T* out, T* selected,
+                              uint8_t* corners) {
   constexpr int W = kWidth<T>;
-#pragma GCC unroll 8
-  for (int w = 0; w < Windows; ++w)
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k)
-#pragma GCC unroll 4
-      for (int n = 0; n < Vectors; ++n) sum[w][k][n] = Vec<T>{};
-  for (int64_t c = 0; c < layer.inputs; ++c)
-    for (int64_t row = 0; row < 3; ++row) {
-      const T* pixels = window + tap_offset(layer, c, row, 0);
-#pragma GCC unroll 3
-      for (int column = 0; column < 3; ++column) {
-        Vec<T> weight[Vectors];
-#pragma GCC unroll 4
-        for (int n = 0; n < Vectors; ++n) weight[n] = load(weights + n * W);
-        weights += weight_row;
-#pragma GCC unroll 8
-        for (int w = 0; w < Windows; ++w)
-#pragma GCC unroll 4
-          for (int k = 0; k < 4; ++k) {
-            const Vec<T> pixel = broadcast(pixels[2 * column + 4 * w + k]);
-#pragma GCC unroll 4
-            for (int n = 0; n < Vectors; ++n) sum[w][k][n] += pixel * weight[n];
-          }
+  for (int64_t j = 0; j < columns; j += Windows) {
+    Vec<T> sum[Windows * 4 * Vectors];
+    unrolled<Windows * 4 * Vectors>([&](auto i) CXGRAD_INLINE { sum[i] = Vec<T>{}; });
+    const T* weight = weights;
+    for (int64_t input = 0; input < layer.inputs; ++input)
+      for (int64_t row = 0; row < 3; ++row) {
+        const T* pixels = image + tap_offset(layer, input, row, 2 * j);
+        unrolled<3>([&](auto column) CXGRAD_INLINE {
+          Vec<T> taps[Vectors];
+          unrolled<Vectors>([&](auto n) CXGRAD_INLINE { taps[n] = load(weight + n * W); });
+          weight += weight_row;
+          unrolled<4 * Windows>([&](auto k) CXGRAD_INLINE {
+            const Vec<T> pixel = broadcast(pixels[2 * column + k]);
+            unrolled<Vectors>([&](auto n) CXGRAD_INLINE { sum[k * Vectors + n] += pixel * taps[n]; });
+          });
+        });
       }
-    }
-}
-
-template <class T, int Vectors>
-void first_forward_channels(const FirstLayer& layer, const T* image, const T* weights, int64_t weight_row,
-                            const Affine<T>& affine, T slope, int64_t channel, T* out, T* selected,
-                            uint8_t* corners) {
-  constexpr int W = kWidth<T>;
-  constexpr int kWindows = kRegisters == 32 && Vectors <= 3 ? 2 : 1;
-  const int64_t rows = layer.height / 2, columns = layer.width / 2;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kWindows) {
-      Vec<T> sum[kWindows][4][Vectors];
-      convolve_window<T, Vectors, kWindows>(layer, image + tap_offset(layer, 0, 2 * i, 2 * j), weights + channel,
-                                            weight_row, sum);
-#pragma GCC unroll 2
-      for (int w = 0; w < kWindows; ++w) {
-        if (j + w >= columns) break;
-        const int64_t at = (i * columns + j + w) * layer.outputs + channel;
-#pragma GCC unroll 4
-        for (int n = 0; n < Vectors; ++n) {
-          const int64_t c = channel + n * W;
-          const Vec<T> mean = load(affine.mean + c), inverse = load(affine.inverse + c);
-          const Vec<T> scale = load(affine.scale + c), bias = load(affine.bias + c);
-          Vec<T> best_unit = (sum[w][0][n] - mean) * inverse, best = best_unit * scale + bias;
-          Vec<Integer<T>> best_corner{};
-#pragma GCC unroll 3
-          for (const int corner : {2, 1, 3}) {  // row-major order decides ties
-            const Vec<T> unit = (sum[w][corner][n] - mean) * inverse;
-            keep_larger<T>(unit * scale + bias, unit, corner, best, best_unit, best_corner);
-          }
-          store_pooled<T>(best, best_unit, best_corner, slope, at + n * W, lanes_from<T>(c, layer.outputs), out,
-                          selected, corners);
-        }
-      }
-    }
+    unrolled<Windows>([&](auto w) CXGRAD_INLINE {
+      if (j + w >= columns) return;
+      const int64_t at = (j + w) * layer.outputs;
+      unrolled<Vectors>([&](auto n) CXGRAD_INLINE {
+        const int64_t c = channel + n * W;
+        const Vec<T> mean = load(affine.mean + c), inverse = load(affine.inverse + c);
+        const Vec<T> scale = load(affine.scale + c), bias = load(affine.bias + c);
+        Vec<T> best_unit = (sum[4 * w * Vectors + n] - mean) * inverse, best = best_unit * scale + bias;
+        Vec<Integer<T>> best_corner{};
+        auto try_corner = [&](auto corner) CXGRAD_INLINE {
+          const Vec<T> unit = (sum[(4 * w + corner) * Vectors + n] - mean) * inverse;
+          keep_larger<T>(unit * scale + bias, unit, corner, best, best_unit, best_corner);
+        };
+        try_corner(std::integral_constant<int, 2>());  // row-major order decides ties
+        try_corner(std::integral_constant<int, 1>());
+        try_corner(std::integral_constant<int, 3>());
+        store_pooled<T>(best, best_unit, best_corner, slope, at + n * W, lanes_from<T>(c, layer.outputs), out, selected,
+                        corners);
+      });
+    });
+  }
 }
 
 // one interleaved image -> out, selected, corners [H / 2, W / 2, outputs]; weights from pack_taps
@@ -126,22 +106,24 @@ template <class T>
 void first_forward(const FirstLayer& layer, const T* image, const T* weights, const Affine<T>& affine, T slope, T* out,
                    T* selected, uint8_t* corners) {
   constexpr int W = kWidth<T>;
-  constexpr int kMost = kRegisters == 32 ? 3 : 2;
-  const int64_t weight_row = round_up(layer.outputs, W);
-  for (int64_t channel = 0; channel < weight_row;) {
-    const int64_t left = (weight_row - channel) / W;
-    if (left >= kMost) {
-      first_forward_channels<T, kMost>(layer, image, weights, weight_row, affine, slope, channel, out, selected,
-                                       corners);
-      channel += kMost * W;
-    } else if (left == 2) {
-      first_forward_channels<T, 2>(layer, image, weights, weight_row, affine, slope, channel, out, selected, corners);
-      channel += 2 * W;
-    } else {
-      first_forward_channels<T, 1>(layer, image, weights, weight_row, affine, slope, channel, out, selected, corners);
-      channel += W;
+  constexpr int kMost = kRegisters == 32 ? 3 : 2, kWindows = kRegisters == 32 ? 2 : 1;
+  const int64_t rows = layer.height / 2, columns = layer.width / 2, weight_row = round_up(layer.outputs, W);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t channel = 0, vectors; channel < weight_row; channel += vectors * W) {
+      vectors = std::min<int64_t>(kMost, (weight_row - channel) / W);
+      const T* row = image + tap_offset(layer, 0, 2 * i, 0);
+      const int64_t at = i * columns * layer.outputs + channel;
+      auto run = [&](auto constant) {
+        first_forward_row<T, constant, kWindows>(layer, row, weights + channel, weight_row, affine, slope, channel,
+                                                 columns, out + at, selected + at, corners + at);
+      };
+      if (vectors == 3)
+        run(std::integral_constant<int, kMost>());
+      else if (vectors == 2)
+        run(std::integral_constant<int, 2>());
+      else
+        run(std::integral_constant<int, 1>());
     }
-  }
 }
 
 // of one window, every channel's value at its own corner
@@ -150,87 +132,70 @@ inline Vec<T> at_corners(const T* pixels, Vec<Integer<T>> corners) {
   return __builtin_shuffle(load(pixels), corners);
 }
 
-inline constexpr int64_t kInputsAtOnce = 3;  // their 27 sums fit the registers of AVX-512
+inline constexpr int kInputsAtOnce = 3;  // their 27 sums fit the registers of AVX-512
 
 // a row of windows: sums [9 * Inputs, ...] += patch * dz, a row in T, rows in double
-template <class T, int Inputs>
+template <class T, int Inputs, class Lanes>
 inline void accumulate_taps(const FirstLayer& layer, const T* window, const T* q, const uint8_t* corners, T slope,
-                            int64_t windows, int lanes, double* sums, int64_t sum_row) {
+                            int64_t windows, Lanes lanes, double* sums, int64_t sum_row) {
   Vec<T> sum[9 * Inputs];
-#pragma GCC unroll 27
-  for (int k = 0; k < 9 * Inputs; ++k) sum[k] = Vec<T>{};
+  unrolled<9 * Inputs>([&](auto k) CXGRAD_INLINE { sum[k] = Vec<T>{}; });
   for (int64_t j = 0; j < windows; ++j) {
     const auto code = Corners<T>::read(corners + j * layer.outputs, lanes);
     const Vec<T> dz = load(q + j * layer.outputs, lanes) * Corners<T>::factor(code, slope);
     const auto corner = Corners<T>::at(code);
-#pragma GCC unroll 3
-    for (int input = 0; input < Inputs; ++input)
-#pragma GCC unroll 3
-      for (int row = 0; row < 3; ++row)
-#pragma GCC unroll 3
-        for (int column = 0; column < 3; ++column)
-          sum[(3 * input + row) * 3 + column] +=
-              at_corners(window + tap_offset(layer, input, row, 2 * j + column), corner) * dz;
+    unrolled<3 * Inputs>([&](auto row) CXGRAD_INLINE {
+      const T* pixels = window + tap_offset(layer, row / 3, row % 3, 2 * j);
+      unrolled<3>([&](auto column) CXGRAD_INLINE {
+        sum[3 * row + column] += at_corners(pixels + 2 * column, corner) * dz;
+      });
+    });
   }
-#pragma GCC unroll 27
-  for (int k = 0; k < 9 * Inputs; ++k) add_to<T>(sums + k * sum_row, sum[k]);
+  unrolled<9 * Inputs>([&](auto k) CXGRAD_INLINE { add_to<T>(sums + k * sum_row, sum[k]); });
 }
 
 // sum [taps, padded outputs] += the window's patch times dz = q * factor, at the arg-max: D of MATH.md 2
 template <class T>
 void first_weight_gradient(const FirstLayer& layer, const T* image, const T* q, const uint8_t* corners, T slope,
                            double* sum) {
-  constexpr int W = kWidth<T>;
-  const int64_t rows = layer.height / 2, columns = layer.width / 2, sum_row = round_up(layer.outputs, W);
+  const int64_t rows = layer.height / 2, columns = layer.width / 2, sum_row = round_up(layer.outputs, kWidth<T>);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < layer.outputs; c += W) {
-      const int lanes = lanes_from<T>(c, layer.outputs);
-      for (int64_t input = 0; input < layer.inputs; input += kInputsAtOnce) {
+    for_channels<T>(layer.outputs, [&](int64_t c, auto lanes) {
+      const int64_t at = i * columns * layer.outputs + c;
+      for (int64_t input = 0; input < layer.inputs;) {
         const T* window = image + tap_offset(layer, input, 2 * i, 0);
         double* sums = sum + 9 * input * sum_row + c;
-        const int64_t at = i * columns * layer.outputs + c;
-        if (kRegisters == 32 && layer.inputs - input >= 3)
-          accumulate_taps<T, 3>(layer, window, q + at, corners + at, slope, columns, lanes, sums, sum_row);
-        else
-          for (int64_t k = 0; k < kInputsAtOnce && input + k < layer.inputs; ++k)
-            accumulate_taps<T, 1>(layer, window + k * layer.plane_size(), q + at, corners + at, slope, columns, lanes,
-                                  sums + 9 * k * sum_row, sum_row);
+        if (kRegisters == 32 && layer.inputs - input >= kInputsAtOnce) {
+          accumulate_taps<T, kInputsAtOnce>(layer, window, q + at, corners + at, slope, columns, lanes, sums, sum_row);
+          input += kInputsAtOnce;
+        } else {
+          accumulate_taps<T, 1>(layer, window, q + at, corners + at, slope, columns, lanes, sums, sum_row);
+          input += 1;
+        }
       }
-    }
+    });
 }
 
 // [H / 2, W / 2, outputs] of conv(x, w) at the arg-max
 template <class T>
 void first_select(const FirstLayer& layer, const T* image, const T* weights, const uint8_t* corners, T* out) {
-  constexpr int W = kWidth<T>;
-  const int64_t rows = layer.height / 2, columns = layer.width / 2, weight_row = round_up(layer.outputs, W);
+  const int64_t rows = layer.height / 2, columns = layer.width / 2, weight_row = round_up(layer.outputs, kWidth<T>);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j)
-      for (int64_t c = 0; c < layer.outputs; c += 2 * W) {
+      for_channels<T>(layer.outputs, [&](int64_t c, auto lanes) {
         const int64_t at = (i * columns + j) * layer.outputs + c;
         const T* window = image + tap_offset(layer, 0, 2 * i, 2 * j);
-        const int lanes = lanes_from<T>(c, layer.outputs);
-        const bool two = c + W < layer.outputs;
-        const int more = two ? lanes_from<T>(c + W, layer.outputs) : 0;
-        const auto corner = Corners<T>::at(Corners<T>::read(corners + at, lanes));
-        const auto other = two ? Corners<T>::at(Corners<T>::read(corners + at + W, more)) : corner;
         const T* weight = weights + c;
-        const T* weight_other = two ? weight + W : weight;
-        Vec<T> sum[2][3]{};
-        for (int64_t input = 0; input < layer.inputs; ++input)
-#pragma GCC unroll 3
-          for (int row = 0; row < 3; ++row) {
-            const T* pixels = window + tap_offset(layer, input, row, 0);
-#pragma GCC unroll 3
-            for (int column = 0; column < 3; ++column) {
-              const int64_t tap = ((3 * input + row) * 3 + column) * weight_row;
-              sum[0][column] += at_corners(pixels + 2 * column, corner) * load(weight + tap);
-              sum[1][column] += at_corners(pixels + 2 * column, other) * load(weight_other + tap);
-            }
-          }
-        store(out + at, sum[0][0] + sum[0][1] + sum[0][2], lanes);
-        if (two) store(out + at + W, sum[1][0] + sum[1][1] + sum[1][2], more);
-      }
+        const auto corner = Corners<T>::at(Corners<T>::read(corners + at, lanes));
+        Vec<T> sum[3]{};  // one a column: sums that do not wait for each other
+        for (int64_t row = 0; row < 3 * layer.inputs; ++row) {
+          const T* pixels = window + tap_offset(layer, row / 3, row % 3, 0);
+          unrolled<3>([&](auto column) CXGRAD_INLINE {
+            sum[column] += at_corners(pixels + 2 * column, corner) * load(weight + (3 * row + column) * weight_row);
+          });
+        }
+        store(out + at, sum[0] + sum[1] + sum[2], lanes);
+      });
 }
 
 // the first layer's share of the second derivative: the gradient for q, from u at the arg-max (or none)

@@ -275,6 +275,7 @@ TORCH_LIBRARY(cxgrad_fast, m) {
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
   m.def("poison_buffers(bool on) -> ()", &cxgrad::poison_buffers);
   m.def("release_buffers() -> int", &cxgrad::release_buffers);
+  m.def("fresh_buffer_bytes() -> int", &cxgrad::fresh_buffer_bytes);
 }
 
 TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace cxgrad {
 
@@ -88,6 +90,17 @@ template <class T>
 inline Vec<T> broadcast(T s) {
   return s - Vec<T>{};
 }
+
+// f(0), f(1), ... f(N - 1), each with a constant: arrays indexed by it stay in registers, which loops do not promise
+template <class F, int... I>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+inline __attribute__((always_inline)) void unrolled(const F& f) {
+  unrolled(std::make_integer_sequence<int, N>(), f);
+}
+#define CXGRAD_INLINE __attribute__((always_inline))
 
 inline constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }

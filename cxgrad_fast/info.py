@@ -47,8 +47,10 @@ def report() -> list[str]:
     lines += [_line("cuda", cuda_state()), "", "backends"]
     details = backends.details()
     for name, reason in backends.availability().items():
-        lines.append(_line(name, f"no: {reason}" if reason else ", ".join(filter(None, ("yes", details.get(name))))))
-    lines += ["", "cache of decoded and rendered images, and of built operators", f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]
+        able = f"yes, {details[name]}" if name in details else "yes"
+        lines.append(_line(name, f"no: {reason}" if reason else able))
+    lines += ["", "cache of decoded and rendered images, and of built operators"]
+    lines += [f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]
     return lines
 
 

@@ -84,7 +84,7 @@ class Recipe:
         while waiting:
             reached.add(here := waiting.pop())
             includes = re.findall(rb'^\s*#\s*include\s*"(.+)"', self.sources[here], re.MULTILINE)
-            waiting += [found for found in map(bytes.decode, includes) if found in self.sources and found not in reached]
+            waiting += [part for part in map(bytes.decode, includes) if part in self.sources and part not in reached]
         facts = self.facts()
         return _digest(facts | {"sources": [(part, facts["sources"][part]) for part in sorted(reached)], "of": name})
 
@@ -105,7 +105,8 @@ def library(sources: Path = SOURCES, packaged: Path = PACKAGED) -> Path:
         try:
             _build(recipe, folder, wanted)
         except OSError as error:
-            raise BuildError(f"cannot build in '{folder}' ({error.strerror or error}); CXGRAD_CACHE names another") from error
+            why = error.strerror or error
+            raise BuildError(f"cannot build in '{folder}' ({why}); CXGRAD_CACHE names another") from error
     with contextlib.suppress(OSError):
         os.utime(wanted.parent)  # the last to be cleared away
     return wanted

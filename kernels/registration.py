@@ -1,7 +1,7 @@
 """The C++ library in this process, and its operators for autograd and tracing.
 
-An operator ``x`` has its schema and checks in ``csrc/operators.cpp``; its derivatives are operators of their own, ``x ->
-x_backward -> x_double_backward``. ``kernels/x/cpp.py`` says the rest, once for each of the three::
+An operator ``x`` has its schema and checks in ``csrc/operators.cpp``; its derivatives are operators of their own,
+``x -> x_backward -> x_double_backward``. ``kernels/x/cpp.py`` says the rest, once for each of the three::
 
     _launch_x = launcher("x")                        # the kernel itself, below autograd
 

@@ -28,6 +28,9 @@ def test_it_tells_versions_devices_and_every_backend(monkeypatch, capsys, tmp_pa
     assert "  python        " + ".".join(map(str, sys.version_info[:3])) in lines
     assert "  reference     yes" in lines
     assert "  cpp           no: the extension is not built" in lines
+    monkeypatch.setattr(backends, "availability", lambda: {"reference": "", "cpp": ""})
+    monkeypatch.setattr(backends, "details", lambda: {"cpp": "AVX2, /a/file.so"})
+    assert "  cpp           yes, AVX2, /a/file.so" in info.report()
     assert any(line.startswith("  cpu ") and line.endswith(f"{torch.get_num_threads()} threads") for line in lines)
     assert f"  {cache}" in lines
 

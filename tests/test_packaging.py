@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_wheel(tmp_path: Path) -> None:
-    tracked = ("pyproject.toml", "setup.py", "README.md", "cxgrad_fast", "kernels")
+    tracked = ("pyproject.toml", "setup.py", "README.md", "cxgrad_fast", "kernels", "csrc")
     source = tmp_path / "source"
     source.mkdir()
     for name in tracked:  # a copy: building leaves folders behind
@@ -33,6 +34,28 @@ def test_wheel(tmp_path: Path) -> None:
     }
     assert wanted <= names
     assert "cxgrad_fast/py.typed" in names
+    assert {f"cxgrad_fast/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    assert {f"cxgrad_fast/kernels/built/{name}" for name in ("operators.so", "facts.json")} <= names
+
+    # installed, it runs what was packaged: there is neither a compiler nor a cache to find another in
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    alone = {"PYTHONPATH": str(installed), "PATH": "/nonexistent", "CXGRAD_CACHE": str(tmp_path / "cache")}
+    script = "from cxgrad_fast.kernels import backends; print(backends.details()['cpp'])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=os.environ | alone, cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(f", {installed}/cxgrad_fast/kernels/built/operators.so\n")
+
+
+def test_an_install_that_cannot_compile_is_an_install(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "setup.py", "README.md", "cxgrad_fast", "kernels", "csrc"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(tmp_path)], check=True)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"]
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
+    kernels = tmp_path / "built" / "cxgrad_fast" / "kernels"
+    assert (kernels / "building.py").exists()
+    assert not (kernels / "built").exists()
 
 
 def test_importable_from_anywhere(tmp_path: Path) -> None:

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from cxgrad_fast.kernels import conv_block, patch_statistics
+from cxgrad_fast.kernels import conv_block, patch_statistics, use_backend
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3, 3), (2, 3, 3, 7, 5), (3, 11, 1, 4, 6), (2, 9, 3, 8, 8)])
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with use_backend(request.param):
+        yield
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 3, 3), (2, 3, 3, 7, 5), (3, 11, 1, 4, 6), (2, 9, 3, 8, 8), (1, 2, 6, 17, 1), (2, 1, 2, 1, 40)],
+)
 def test_equals_every_patch_listed(shape: tuple[int, ...]) -> None:
     x = torch.rand(shape, dtype=torch.float64)
     mean, covariance = patch_statistics(x)
@@ -56,6 +67,13 @@ def test_high_pass_filter_on_smooth_images() -> None:
 
 def test_float64_whatever_comes() -> None:
     assert patch_statistics(torch.rand(1, 2, 3, 4, 4)).covariance.dtype == torch.float64
+
+
+def test_no_images_have_no_statistics() -> None:
+    mean, covariance = patch_statistics(torch.rand(2, 0, 3, 4, 4))
+    assert mean.shape == (2, 27)
+    assert mean.isnan().all()
+    assert covariance.isnan().all()
 
 
 def test_refusals() -> None:

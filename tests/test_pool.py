@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import ImagePool, open_pool
-from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.data.cache import cached
 from cxgrad_fast.episodes import EpisodeSampler
 

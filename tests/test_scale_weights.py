@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from helpers import relative_error
 from torch import Tensor
 
-from cxgrad_fast.kernels import normalize_weights, scale_weights
+from cxgrad_fast.kernels import normalize_weights, scale_weights, use_backend
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with use_backend(request.param):
+        yield
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

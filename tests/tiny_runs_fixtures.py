@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 from tiny_runs import train, words, write_images
 
+from cxgrad_fast.cache_folder import cache_folder
+
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of decoded images for one test file, here and in children."""
+    """A cache of decoded images for one test file, here and in children, which find the operators in it."""
+    folder = tmp_path_factory.mktemp("cache")
+    if usual := cache_folder():
+        (folder / "operators").symlink_to(usual / "operators")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXGRAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CXGRAD_CACHE", str(folder))
         yield
 
 

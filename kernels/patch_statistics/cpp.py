@@ -12,8 +12,8 @@ _launch = launcher("patch_statistics")
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     tasks, length = x.shape[0], 9 * x.shape[2]
-    options = {"dtype": torch.float64, "device": x.device}
-    return torch.empty((tasks, length), **options), torch.empty((tasks, length, length), **options)
+    mean = x.new_empty((tasks, length), dtype=torch.float64)
+    return mean, x.new_empty((tasks, length, length), dtype=torch.float64)
 
 
 @operator(fake=_fake)
