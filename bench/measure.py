@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxgrad_fast.checkpoints import write_atomic
 from cxgrad_fast.info import package_version
+from cxgrad_fast.kernels import release_buffers
 from cxgrad_fast.runs import source_version
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,6 +159,7 @@ def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
         run()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
+    release_buffers()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now

@@ -58,6 +58,13 @@ def use_backend(name: str) -> Iterator[None]:
         _configured.reset(token)
 
 
+def release_buffers() -> int:
+    """Give back to the system what the operators keep for their next results; the bytes that this was."""
+    if registration.loaded():
+        return int(torch.ops.cxgrad_fast.release_buffers())
+    return 0
+
+
 def choose(implementations: Collection[str], tensor: Tensor) -> str:
     """The backend for one operator call: ``CXGRAD_BACKEND``, else :func:`use_backend`'s, else the best available.
 

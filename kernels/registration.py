@@ -55,6 +55,11 @@ def load() -> tuple[str, Path | None]:
     return "", path
 
 
+def loaded() -> bool:
+    """Whether the library is in this process."""
+    return _library is not None
+
+
 def launcher(name: str) -> Callable[..., Any]:
     """The operator's kernel, without its autograd formula and most of the dispatcher's cost."""
 

@@ -90,8 +90,8 @@ def test_public_names() -> None:
         "Config", "EpisodeSampler", "Episodes", "InputError", "Learner", "load", "preset",
     }  # fmt: skip
     assert set(cxgrad_fast.kernels.__all__) == {
-        "PatchStatistics", "conv_block", "normalize_weights", "patch_statistics", "residual_end", "scale_weights",
-        "use_backend",
+        "PatchStatistics", "conv_block", "normalize_weights", "patch_statistics", "release_buffers",
+        "residual_end", "scale_weights", "use_backend",
     }  # fmt: skip
     for module in (cxgrad_fast, cxgrad_fast.kernels):
         for name in module.__all__:
