@@ -68,7 +68,7 @@ install() {
     "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . >"$RESULTS/install.log" 2>&1 && importable && return
     echo "pip cannot install here (install.log): a tree of links stands in for it"
     mkdir -p "$WORK/site"
-    cp -rs "$ROOT/cxgrad_fast" "$WORK/site/" && cp -rs "$ROOT/kernels" "$WORK/site/cxgrad_fast/kernels"
+    cp -rs "$ROOT/cxgrad_fast" "$WORK/site/" && cp -rs "$ROOT"/{kernels,csrc} "$WORK/site/cxgrad_fast/"
     # without the folder a command is started in, which would come before the links
     export PYTHONPATH=$WORK/site:$ROOT/bench PYTHONSAFEPATH=1
     importable

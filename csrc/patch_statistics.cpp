@@ -14,9 +14,9 @@
 // The products of two patch entries, summed over positions, depend nearly on the offset between the two entries alone.
 // So instead of K (K + 1) / 2 sums there are C^2 25 / 2: autocorrelations of the images, 114 instead of 378 for C = 3.
 //
-// With m the mean of a channel, Y = x - m inside the image and 0 outside, I = 1 inside and 0 outside, an entry k of the
-// patch, shifted by m so that nothing cancels, is z_k = Y_k - m_k (1 - I_k). Its products need those of Y with Y, Y with
-// I and I with I. For any two of these images, entries k and l at (dy, dx) and (dy', dx') of the patch, offset d:
+// With m the mean of a channel, Y = x - m inside the image and 0 outside, I = 1 inside and 0 outside, an entry k of
+// the patch, shifted by m so that nothing cancels, is z_k = Y_k - m_k (1 - I_k). Its products need those of Y with Y,
+// Y with I and I with I. For any two of these, entries k and l at (dy, dx) and (dy', dx') of the patch, offset d:
 //
 //     sum over centres of Y_k Y_l  =  whole(d) - [dy = dy' = +-1] edge row - [dx = dx' = +-1] edge column + corner
 //
@@ -64,7 +64,8 @@ struct Image {
   int64_t stride() const { return stride_of(width); }
   double* row(int64_t c, int64_t i) const { return data + kMargin + (c * height + i) * stride(); }
 
-  static constexpr int64_t kMargin = kWidth<double> < kReach ? kReach : kWidth<double>;  // one row's right, next one's left
+  // right of one row and left of the next
+  static constexpr int64_t kMargin = kWidth<double> < kReach ? kReach : kWidth<double>;
 };
 
 // adds to lanes [Channels, 5] of vectors: a(first + c, i, j) b(other, i + down, j - 2 ... j + 2), rows begin <= i < end

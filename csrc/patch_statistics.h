@@ -7,7 +7,7 @@
 
 namespace cxgrad {
 
-// x [T, S, C, H, W] of any strides -> mean [T, K], covariance [T, K, K] in float64, K = 9 C in the order (C, row, column)
+// x [T, S, C, H, W] of any strides -> mean [T, K], covariance [T, K, K] in float64; K = 9 C, ordered (C, row, column)
 std::tuple<at::Tensor, at::Tensor> patch_statistics(const at::Tensor& x);
 
 }  // namespace cxgrad

@@ -3,15 +3,17 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
+#include <cmath>
+
+#include "buffers.h"
 #include "wide.h"
 
 namespace cxgrad {
 namespace {
 
 // Everything here is inner products of rows, a few numbers made of them, and linear combinations of rows, where a row
-// is a weight of one task (or the shared one), or what has its shape. With N = |w|, u = w / N, a factor f (gamma, or 1):
+// is a weight of one task (or the shared one), or what has its shape. With N = |w|, u = w / N, a factor f (gamma or 1):
 //
 //     h = f / N    s = <u, v>    t = <u, a>    q = <a, v>
 //
@@ -224,9 +226,9 @@ class Layers {
 
   void run(Stage stage) {
     for (size_t l = 0; l < w_.size(); ++l) {
-      if (stage == Stage::kForward) out.push_back(at::empty(used_sizes_[l], w_[l].options()));
-      if (stage != Stage::kForward) w_bar.push_back(at::empty(w_[l].sizes(), w_[l].options()));
-      if (stage == Stage::kDoubleBackward) v_bar.push_back(at::empty(used_sizes_[l], w_[l].options()));
+      if (stage == Stage::kForward) out.push_back(empty_buffer(used_sizes_[l], w_[l].options()));
+      if (stage != Stage::kForward) w_bar.push_back(empty_buffer(w_[l].sizes(), w_[l].options()));
+      if (stage == Stage::kDoubleBackward) v_bar.push_back(empty_buffer(used_sizes_[l], w_[l].options()));
     }
     AT_DISPATCH_FLOATING_TYPES(w_[0].scalar_type(), "weights", [&] {
       const auto read = [](const Tensors& list, size_t l) {

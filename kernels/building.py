@@ -33,7 +33,7 @@ SOURCES = Path(__file__).parent.parent / "csrc"  # of the repository, and of an 
 PACKAGED = Path(__file__).parent / "built"
 LIBRARY, FACTS = "operators.so", "facts.json"
 
-KEPT_BUILDS, KEPT_OBJECTS = 8, 100
+KEPT_BUILDS, KEPT_OBJECTS = 8, 40
 STALE = 24 * 3600  # seconds after which a folder that a killed build left is nobody's
 
 _OPTIMISED = ("-O3", "-ffp-contract=fast")

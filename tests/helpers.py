@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxgrad_fast import Config, Episodes, Learner, preset
+from cxgrad_fast.kernels import backends
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -61,6 +64,31 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, found, strict=True))
+
+
+def require_cpp() -> None:
+    """Skip where there is no compiler; where there is one, operators that cannot be had are a failure."""
+    reason = backends.availability()["cpp"]
+    if reason.startswith("no C++ compiler"):
+        pytest.skip(reason)
+    assert not reason
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Records the calls of our C++ operators: the operator and its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cxgrad_fast":
+            self.calls.append((func, args))
+        return func(*args, **kwargs or {})
+
+    def names(self) -> list[str]:
+        """The operators called, in order."""
+        return [func._schema.name.partition("::")[2] for func, _ in self.calls]
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], Config, Episodes]:

@@ -73,10 +73,13 @@ class _Backward(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         *tensors, slope, pool, patch_mean, patch_covariance, need_x, need_weight, y_gradient = rest
         outputs = _launch_backward(q, y_gradient, *rest[:-1])
-        _, _, dscale, dbias, _, sparse = outputs
+        dx, dweight, dscale, dbias, _, sparse = outputs
         ctx.save_for_backward(q, *tensors, dscale, dbias, sparse, patch_mean, patch_covariance)
         ctx.options, ctx.with_y = (slope, pool), y_gradient is not None
-        ctx.mark_non_differentiable(sparse)
+        unwanted = [] if need_weight else [dweight]
+        if not need_x or patch_mean is not None:
+            unwanted.append(dx)
+        ctx.mark_non_differentiable(sparse, *unwanted)
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -138,10 +141,9 @@ def _fake(
 ) -> tuple[Tensor, ...]:
     (height, width), channels = x.shape[3:], weight.shape[1]
     size = (height // 2, width // 2) if pool else (height, width)
-    none = x.new_empty(0)
-    y = _images(x, channels, height, width) if patch_mean is None else none
-    selected = _images(x, channels, *size) if pool else none
-    corners = _images(x, channels, *size, torch.uint8) if pool else none.to(torch.uint8)
+    y = _images(x, channels, height, width) if patch_mean is None else x.new_empty(0)
+    selected = _images(x, channels, *size) if pool else x.new_empty(0)
+    corners = _images(x, channels, *size, torch.uint8) if pool else x.new_empty(0, dtype=torch.uint8)
     moments = x.new_empty((len(x), 2, channels), dtype=torch.float64)
     return _images(x, channels, *size), y, selected, corners, moments
 
@@ -153,9 +155,8 @@ def _like_images(tensor: Tensor) -> Tensor:
 def _fake_backward(q: Tensor, y_gradient: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     patch_mean, need_x, need_weight = rest[-4], rest[-2], rest[-1]
     tasks, channels = weight.shape[:2]
-    none = x.new_empty(0)
-    dx = _like_images(x) if need_x and patch_mean is None else none
-    dweight = weight.new_empty(weight.shape) if need_weight else none
+    dx = _like_images(x) if need_x and patch_mean is None else x.new_empty(0)
+    dweight = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
     sparse_shape = (tasks, 9 * x.shape[2], channels) if need_weight and patch_mean is not None else (0,)
     sparse = x.new_empty(sparse_shape, dtype=torch.float64)
     return dx, dweight, x.new_empty((tasks, channels)), x.new_empty((tasks, channels)), x.new_empty(tasks), sparse
@@ -166,12 +167,11 @@ def _fake_double_backward(*arguments: Any) -> tuple[Tensor, ...]:
     q, x, weight = arguments[5:8]
     patch_mean, need_x, need_weight = arguments[-4], arguments[-2], arguments[-1]
     tasks, channels = weight.shape[:2]
-    none = x.new_empty(0)
     first_layer = patch_mean is not None
-    x_gradient = _like_images(x) if need_x and on_weight is not None and not first_layer else none
+    x_gradient = _like_images(x) if need_x and on_weight is not None and not first_layer else x.new_empty(0)
     any_weight = need_weight and (first_layer or on_x is not None)
-    y_gradient = none if first_layer else _images(x, channels, *x.shape[3:])
-    weight_gradient = weight.new_empty(weight.shape) if any_weight else none
+    y_gradient = x.new_empty(0) if first_layer else _images(x, channels, *x.shape[3:])
+    weight_gradient = weight.new_empty(weight.shape) if any_weight else x.new_empty(0)
     affine = x.new_empty((tasks, channels)), x.new_empty(tasks)
     return _like_images(q), x_gradient, weight_gradient, *affine, y_gradient
 
