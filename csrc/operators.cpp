@@ -203,7 +203,10 @@ auto checked_conv_block_backward(const Tensor& q, const OptionalTensor& y_gradie
                                  const OptionalTensor& patch_covariance, bool need_x, bool need_weight) {
   check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
   check_saved(q, x, weight, y, selected, corners, moments, pool, patch_mean.has_value());
-  if (y_gradient) check_shape("y_gradient", *y_gradient, y.sizes(), "like y");
+  if (y_gradient) {
+    check_shape("y_gradient", *y_gradient, y.sizes(), "like y");
+    check_like("y_gradient", *y_gradient, "x", x);
+  }
   return conv_block_backward(q, y_gradient, x, weight, scale, bias, eps, y, selected, corners, moments, slope, pool,
                              patch_mean, patch_covariance, need_x, need_weight);
 }
@@ -226,7 +229,13 @@ auto checked_conv_block_double_backward(
     check_like(name, *pair.first, "x", x);
   }
   check_shape("dscale", dscale, scale.sizes(), "like scale");
+  check_like("dscale", dscale, "x", x);
   check_shape("dbias", dbias, bias.sizes(), "like bias");
+  check_like("dbias", dbias, "x", x);
+  if (sparse.dim() != 1 || sparse.numel())
+    check_shape("sparse", sparse, {x.size(0), patch_mean ? 9 * x.size(2) : 0, weight.size(1)},
+                "the backward operator's output, or none: [0]");
+  TORCH_CHECK_VALUE(sparse.scalar_type() == at::kDouble, "sparse must be Double, got ", sparse.scalar_type());
   return conv_block_double_backward(on_x, on_weight, on_scale, on_bias, on_eps, q, x, weight, scale, bias, eps, y,
                                     selected, corners, moments, dscale, dbias, sparse, slope, pool, patch_mean,
                                     patch_covariance, need_x, need_weight);

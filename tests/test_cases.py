@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import relative_error, require_cpp
 
 from cxgrad_fast.kernels import backends, use_backend
 from cxgrad_fast.kernels.case_calls import call, derivatives, margin
@@ -36,6 +36,8 @@ def clear_seed(case: Case) -> int:
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_float32_matches_float64(case: Case, backend: str, device: str) -> None:
     """Values, first and second derivatives; the truth is the reference in float64 on the CPU, of the same values."""
+    if backend == "cpp":
+        require_cpp()
     reason = backends.availability()[backend]
     if reason:
         pytest.skip(f"{backend}: {reason}")

@@ -1,18 +1,19 @@
-"""conv_block's definition against the framework's own layers, one task at a time, and against closed forms."""
+"""conv_block against the framework's own layers, one task at a time: the definition, and what stands in for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import relative_error, require_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cxgrad_fast.kernels import conv_block, patch_statistics
+from cxgrad_fast.kernels import conv_block, patch_statistics, use_backend
 
 SHAPES = {  # T, S, Cin, Cout, H, W, k
     "one_task": (1, 2, 3, 4, 6, 6, 3),
@@ -22,6 +23,14 @@ SHAPES = {  # T, S, Cin, Cout, H, W, k
     "48_channels": (2, 2, 48, 48, 5, 5, 3),
     "one_image": (2, 1, 3, 3, 4, 4, 3),
 }
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "cpp":
+        require_cpp()
+    with use_backend(request.param):
+        yield
 
 
 def inputs(shape: tuple[int, ...], seed: int = 0, shared_affine: bool = False) -> list[Tensor]:

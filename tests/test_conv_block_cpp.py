@@ -334,14 +334,18 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(func, tree_map_only(Tensor, Tensor.detach if last else again, args))
 
 
-@pytest.mark.parametrize("case", OURS, ids=name_of)
-def test_fakes_are_like_the_real_ones(case: Case) -> None:
+FAKED = [*PARTS, "one_channel", "one_task", "smallest", "one_pixel", "strided", "zero_tasks", "first_layer_grey"]
+
+
+@pytest.mark.parametrize("name", FAKED)
+def test_fakes_are_like_the_real_ones(name: str) -> None:
     """Shapes, precisions and strides, whatever is asked for."""
 
     def fake_of(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor.detach())
 
-    given, mode = inputs(case, torch.float32), FakeTensorMode()
+    case, mode = BY_NAME[name], FakeTensorMode()
+    given = inputs(case, torch.float32)
     with OperatorCalls() as calls:
         derivatives(case, given)
         for asked in ("x", "weight", "eps", "x eps", "weight bias"):
@@ -349,7 +353,8 @@ def test_fakes_are_like_the_real_ones(case: Case) -> None:
             for target in (["weight"], [*given.tensors, "q"]) if parts else ():
                 part_of_derivatives(given, case, parts, target)
     assert len(calls.calls) >= 3
-    for func, args in calls.calls:
+    different = {(func, *tree_map_only(Tensor, lambda tensor: tensor.shape, args)): args for func, args in calls.calls}
+    for (func, *_), args in different.items():
         real = func(*tree_map_only(Tensor, Tensor.detach, args))
         fakes = tree_map_only(Tensor, fake_of, args)
         with mode:
@@ -375,7 +380,7 @@ def loss_and_gradients(case: Case, constants: dict[str, Any]) -> Callable[..., t
 
 
 @pytest.mark.parametrize("name", ["plain", "no_pool", "first_layer"])
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
 def test_traced_derivatives(name: str, mode: str) -> None:
     """Each operator is one node of the graph, which gives the same numbers for other inputs."""
     case, given = BY_NAME[name], inputs(BY_NAME[name])
@@ -430,7 +435,7 @@ LAYERS = [
     replace(LAYER, name="48-pointwise", kernel=1, pool=False, slope=None),
     replace(LAYER, name="48-first", channels=3, height=42, width=42, first_layer=True),
 ]
-# every kind of call once: what only differs in memory rounds alike. Many tasks, since one error says little of its size.
+# every kind of call once (what only differs in memory rounds alike), many tasks: one error says little of its size
 ROUNDED = [
     replace(BY_NAME[name], tasks=24)
     for name in (
@@ -459,8 +464,9 @@ def errors_by_task(case: Case, given: Inputs, exact: dict[str, Tensor], mask: Te
     found = masked_derivatives(case, given, mask)
     errors = {}
     for name, wanted in exact.items():
-        difference = (found[name].double() - wanted).flatten(1).norm(dim=1)
-        errors[name] = difference / wanted.flatten(1).norm(dim=1)
+        tasks = len(wanted)
+        difference = (found[name].double() - wanted).reshape(tasks, -1).norm(dim=1)
+        errors[name] = difference / wanted.reshape(tasks, -1).norm(dim=1)
     return errors
 
 
@@ -478,13 +484,11 @@ def masked_derivatives(case: Case, given: Inputs, mask: Tensor) -> dict[str, Ten
     return found | {"dd.q": found["dd.q"] * mask}
 
 
-@pytest.mark.parametrize(
-    ("case", "seeds"), [*((case, 6) for case in ROUNDED), *((case, 4) for case in LAYERS)], ids=str
-)
-def test_float32_error_is_at_most_twice_torchs(case: Case, seeds: int) -> None:
+@pytest.mark.parametrize("case", ROUNDED + LAYERS, ids=name_of)
+def test_float32_error_is_at_most_twice_torchs(case: Case) -> None:
     """Of every output and derivative, in the geometric mean over tasks and seeds: one ratio of two errors is noise."""
     ratios: dict[str, list[Tensor]] = {}
-    for seed in range(seeds):
+    for seed in range(4):
         single = inputs(case, torch.float32, seed=seed)
         mask = decided(case, single)
         assert mask.double().mean() > 0.7
@@ -531,38 +535,34 @@ def test_bits_repeat_on_any_number_of_threads(case: Case, dtype: torch.dtype) ->
 @pytest.mark.parametrize("case", PARALLEL, ids=name_of)
 def test_tasks_do_not_see_each_other(case: Case) -> None:
     """The bits of a task are those that it has alone."""
+
+    def last(tensor: Tensor) -> Tensor:
+        return tensor.detach()[-1:].clone().requires_grad_(tensor.requires_grad)
+
     given = inputs(case, torch.float32)
-    together = masked_derivatives(case, given, torch.ones(()))
-    generator = torch.Generator().manual_seed(1)
-    cut = Inputs(
-        {name: tensor.detach()[-1:].clone().requires_grad_() for name, tensor in given.tensors.items()},
-        {
-            name: tree_map_only(Tensor, lambda tensor: tensor[-1:], value)
-            if name in ("x", "patch_statistics")
-            else value
-            for name, value in given.constants.items()
-        },
-    )
-    (output,) = call(case, cut)
-    whole = call(case, given)
-    (q,) = (cotangent[-1:] for cotangent in like(whole, generator))
-    assert torch.equal(output, whole[0][-1:])
-    for name, gradient in zip(cut.tensors, torch.autograd.grad(output, list(cut.tensors.values()), q), strict=True):
-        assert torch.equal(gradient, together[f"d.{name}"][-1:]), name
+    alone = Inputs(*(tree_map_only(Tensor, last, part) for part in (given.tensors, given.constants)))
+    q = torch.randn(call(case, given)[0].shape)
+    results = []
+    for arguments, cotangent in ((given, q), (alone, q[-1:])):
+        (output,) = call(case, arguments)
+        gradients = torch.autograd.grad(output, list(arguments.tensors.values()), cotangent)
+        results.append([output, *gradients])
+    for whole, part in zip(*results, strict=True):
+        assert torch.equal(whole[-1:], part)
 
 
 # --- what the registered operators refuse ---
 
 
 def sample(order: int) -> tuple[Any, list[Any], list[str]]:
-    """A call of the operator of an order, and its arguments' names."""
+    """The operator of an order, the arguments of a call, and their names."""
     with OperatorCalls() as calls:
         derivatives(BY_NAME["plain"], inputs(BY_NAME["plain"]))
     func, args = calls.calls[order]
     return (
         func,
-        [arg.detach() if isinstance(arg, Tensor) else arg for arg in args],
-        [a.name for a in func._schema.arguments],
+        list(tree_map_only(Tensor, Tensor.detach, args)),
+        [argument.name for argument in func._schema.arguments],
     )
 
 
@@ -606,13 +606,13 @@ def shaped(*shape: int) -> Tensor:
         (
             1,
             {"q": shaped(2, 3, 4, 8, 8)},
-            r"q must be \[2, 3, 4, 4, 4\] \(the forward operator's output\), got \[2, 3, 4, 8",
+            r"q must be \[2, 3, 4, 4, 4\] \(the forward .* output\), got \[2, 3, 4, 8, 8",
         ),
         (1, {"q": shaped(2, 3, 4, 4, 4).float()}, "q must be Double on cpu like x, got Float on cpu"),
         (
             1,
             {"y_gradient": shaped(2, 3, 4, 4, 4)},
-            r"y_gradient must be \[2, 3, 4, 8, 8\] \(like y\), got \[2, 3, 4, 4, 4\]",
+            r"y_gradient must be \[2, 3, 4, 8, 8\] \(like y\), got \[2, 3, 4, 4, 4",
         ),
         (1, {"y_gradient": shaped(2, 3, 4, 8, 8).float()}, "y_gradient must be Double on cpu like x, got Float on cpu"),
         (1, {"y": shaped(0)}, r"y must be \[2, 3, 4, 8, 8\] \(the convolution's output; .*\), got \[0\]"),

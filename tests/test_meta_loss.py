@@ -8,11 +8,20 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import config_of, golden, gradients, random_episodes, relative_error, spread_parameters
+from helpers import config_of, golden, gradients, random_episodes, relative_error, require_cpp, spread_parameters
 
 from cxgrad_fast import Config, Episodes, Learner, reference
 
 
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is tested here and elsewhere runs on the best that there is."""
+    if request.param == "cpp":
+        require_cpp()
+    monkeypatch.setenv("CXGRAD_BACKEND", request.param)
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("form", ["exact", "scaled"])
 @pytest.mark.parametrize("name", ["cxgrad_5w1s_a", "maml_5w1s"])
 def test_golden(name: str, form: str) -> None:
@@ -96,6 +105,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("form", ["exact", "scaled"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_oracle(case: str, form: str) -> None:
@@ -104,6 +114,7 @@ def test_equals_oracle(case: str, form: str) -> None:
     compare_with_oracle(config, tasks=1 if "relu" in case else 3)
 
 
+@pytest.mark.usefixtures("backend")
 def test_non_contiguous_episodes() -> None:
     config = config_of(inner__steps=2)
     learner = Learner(config)
@@ -120,6 +131,7 @@ def test_non_contiguous_episodes() -> None:
         assert relative_error(gradient, expected[name]) < 1e-9 or expected[name].norm() < 1e-12, name
 
 
+@pytest.mark.usefixtures("backend")
 def test_gradients_of_images() -> None:
     """Images that require gradients get them (without the first layer's patch statistics, which carry none)."""
     config = config_of(inner__steps=2)
@@ -133,6 +145,7 @@ def test_gradients_of_images() -> None:
         assert relative_error(actual, expected) < 1e-8
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_chunks_give_the_same(chunk: int, reduction: str) -> None:
@@ -150,6 +163,7 @@ def test_chunks_give_the_same(chunk: int, reduction: str) -> None:
         assert relative_error(gradient, expected[name]) < 1e-9 or expected[name].norm() < 1e-12, name
 
 
+@pytest.mark.usefixtures("backend")
 def test_chunks_without_gradients() -> None:
     config = config_of(inner__steps=1)
     episodes = random_episodes(config, tasks=3)
@@ -160,6 +174,7 @@ def test_chunks_without_gradients() -> None:
     torch.testing.assert_close(split.loss, Learner(config).meta_loss(episodes).loss.detach(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("case", ["default", "second_order_context", "step_wise", "maml", "group_norm", "resnet12"])
 def test_recomputed_steps_give_the_same(case: str) -> None:
     config = config_of(inner__steps=2).override(CASES[case])

@@ -88,9 +88,9 @@ class _Backward(torch.autograd.Function):
         if ctx.with_y:  # a derivative of a second derivative's sum
             refuse_third("conv_block")(ctx)
         *saved, patch_mean, patch_covariance = ctx.saved_tensors
-        q, x, weight, scale, eps, y = conv_block_double_backward(
-            *cotangents[:5], *saved, *ctx.options, patch_mean, patch_covariance, wanted(ctx, 1), wanted(ctx, 2)
-        )
+        patches = (patch_mean, patch_covariance)
+        arguments: list[Any] = [*cotangents[:5], *saved, *ctx.options, *patches, wanted(ctx, 1), wanted(ctx, 2)]
+        q, x, weight, scale, eps, y = conv_block_double_backward(*arguments)
         return q, _or_none(x), _or_none(weight), scale, None, eps, _or_none(y), *[None] * 10
 
 
@@ -111,10 +111,9 @@ class _Forward(torch.autograd.Function):
         *saved, patch_mean, patch_covariance = ctx.saved_tensors
         if q is None:
             q = saved[0].new_zeros(ctx.shape)
-        needs = wanted(ctx, 0), wanted(ctx, 1)
-        dx, dweight, dscale, dbias, deps, _sparse = conv_block_backward(
-            q, y_gradient, *saved, *ctx.options, patch_mean, patch_covariance, *needs
-        )
+        patches = (patch_mean, patch_covariance)
+        arguments: list[Any] = [q, y_gradient, *saved, *ctx.options, *patches, wanted(ctx, 0), wanted(ctx, 1)]
+        dx, dweight, dscale, dbias, deps, _sparse = conv_block_backward(*arguments)
         return _or_none(dx), _or_none(dweight), dscale, dbias, deps, None, None, None, None
 
 
