@@ -21,10 +21,11 @@ class Pool {
       const std::lock_guard<std::mutex> guard(mutex_);
       used_ += bytes;
       peak_ = std::max(peak_, used_);
-      auto found = free_.find(bytes);
-      if (found != free_.end() && !found->second.empty()) {
-        void* block = found->second.back();
-        found->second.pop_back();
+      Kept& kept = free_[bytes];
+      kept.last_use = ++uses_;
+      if (!kept.blocks.empty()) {
+        void* block = kept.blocks.back();
+        kept.blocks.pop_back();
         kept_ -= bytes;
         return block;
       }
@@ -40,27 +41,19 @@ class Pool {
   }
 
   void give(void* block, size_t bytes) {
-    {
-      const std::lock_guard<std::mutex> guard(mutex_);
-      used_ -= bytes;
-      // what was needed at once is enough to keep: a step asks for the same sizes as the last
-      if (used_ + kept_ + bytes <= peak_) {
-        free_[bytes].push_back(block);
-        kept_ += bytes;
-        return;
-      }
-    }
-    std::free(block);
+    const std::lock_guard<std::mutex> guard(mutex_);
+    used_ -= bytes;
+    free_[bytes].blocks.push_back(block);
+    kept_ += bytes;
+    // half as much again as was ever needed at once: the phases of a step ask for different sizes, and with less a step
+    // would take anew what the last one gave back (measured: Conv-4 uses 1.12 of its peak then, ResNet-12 1.45)
+    while (kept_ && used_ + kept_ > peak_ + peak_ / 2) drop_oldest();
   }
 
   int64_t release() {
     const std::lock_guard<std::mutex> guard(mutex_);
-    for (auto& [bytes, blocks] : free_) {
-      for (void* block : blocks) std::free(block);
-      blocks.clear();
-    }
     const size_t released = kept_;
-    kept_ = 0;
+    while (kept_) drop_oldest();
     peak_ = used_;
     return int64_t(released);
   }
@@ -68,9 +61,26 @@ class Pool {
   int64_t fresh() const { return int64_t(fresh_); }
 
  private:
+  struct Kept {
+    std::vector<void*> blocks;
+    uint64_t last_use = 0;
+  };
+
+  // a block of the size that was wanted longest ago
+  void drop_oldest() {
+    auto oldest = free_.end();
+    for (auto at = free_.begin(); at != free_.end(); ++at)
+      if (!at->second.blocks.empty() && (oldest == free_.end() || at->second.last_use < oldest->second.last_use))
+        oldest = at;
+    std::free(oldest->second.blocks.back());
+    oldest->second.blocks.pop_back();
+    kept_ -= oldest->first;
+  }
+
   std::mutex mutex_;
   std::atomic<size_t> fresh_{0};  // taken from the system since the start
-  std::unordered_map<size_t, std::vector<void*>> free_;
+  std::unordered_map<size_t, Kept> free_;
+  uint64_t uses_ = 0;
   size_t used_ = 0, kept_ = 0, peak_ = 0;
 };
 
@@ -98,11 +108,6 @@ at::Tensor empty_buffer(at::IntArrayRef sizes, const at::TensorOptions& options)
   }
   if (poisoned && bytes) std::memset(tensor.data_ptr(), 0xFF, bytes);
   return tensor;
-}
-
-at::Tensor empty_images(int64_t tasks, int64_t images, int64_t channels, int64_t height, int64_t width,
-                        const at::TensorOptions& options) {
-  return empty_buffer({tasks, images, height, width, channels}, options).permute({0, 1, 4, 2, 3});
 }
 
 int64_t release_buffers() { return pool().release(); }

@@ -9,10 +9,6 @@ namespace cxgrad {
 // an uninitialised tensor in row-major order
 at::Tensor empty_buffer(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// an uninitialised [T, S, C, H, W] tensor that lies [T, S, H, W, C] in memory
-at::Tensor empty_images(int64_t tasks, int64_t images, int64_t channels, int64_t height, int64_t width,
-                        const at::TensorOptions& options);
-
 // give the kept memory back to the system; the number of bytes that it was
 int64_t release_buffers();
 

@@ -357,7 +357,7 @@ Sums<T> pooled_sums(const Geometry& g, const T* q, const T* y, const T* selected
                     Channels<T>& channels, T slope, const Tensor* images) {
   Sums<T> sums(g, 2 + (images ? g.taps() : 0), g.outputs);
   sums.start(0, g.tasks);
-  if (images) convolution_count += g.tasks * g.count() / 4 * g.taps() * g.outputs;
+  if (images) convolution_count += g.tasks * g.images * g.out_height() * g.out_width() * g.taps() * g.outputs;
   for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {
     const int64_t at = unit * g.out_size();
     double* part = sums.part(task, unit % g.images);
@@ -658,7 +658,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     const T* packed = nullptr;
     if (direction.defined()) {
       packed = taps_of(g, direction.const_data_ptr<T>());
-      convolution_count += g.tasks * g.count() / 4 * taps * g.outputs;
+      convolution_count += g.tasks * g.images * g.out_height() * g.out_width() * taps * g.outputs;
     }
     const int64_t weight_size = taps * round_up(g.outputs, kWidth<T>);
     for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {

@@ -144,6 +144,8 @@ std::tuple<at::Tensor, at::Tensor> checked_patch_statistics(const at::Tensor& x)
 void check_block(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps,
                  bool pool, const OptionalTensor& patch_mean, const OptionalTensor& patch_covariance) {
   TORCH_CHECK_VALUE(x.dim() == 5, "x must be [T, S, Cin, H, W], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0,
+                    "x must be [T, S, Cin, H, W] with nothing but T zero, got ", x.sizes());
   check_floating("x", x);
   const int64_t tasks = x.size(0), inputs = x.size(2);
   TORCH_CHECK_VALUE(weight.dim() == 5 && weight.size(0) == tasks && weight.size(2) == inputs &&
@@ -152,6 +154,7 @@ void check_block(const Tensor& x, const Tensor& weight, const Tensor& scale, con
                     weight.sizes());
   check_like("weight", weight, "x", x);
   const int64_t outputs = weight.size(1);
+  TORCH_CHECK_VALUE(outputs > 0, "weight must have an output channel, got ", weight.sizes());
   for (const auto& [name, tensor] : {std::pair{"scale", scale}, std::pair{"bias", bias}}) {
     check_shape(name, tensor, {tasks, outputs}, "T from x, Cout from weight");
     check_like(name, tensor, "x", x);

@@ -574,6 +574,9 @@ def shaped(*shape: int) -> Tensor:
     ("order", "change", "message"),
     [
         (0, {"x": shaped(2, 3, 3, 8)}, r"x must be \[T, S, Cin, H, W\], got \[2, 3, 3, 8\]"),
+        (0, {"x": shaped(2, 0, 3, 8, 8)}, r"x must be .* with nothing but T zero, got \[2, 0, 3, 8, 8\]"),
+        (0, {"x": shaped(2, 3, 3, 0, 8)}, r"x must be .* with nothing but T zero, got \[2, 3, 3, 0, 8\]"),
+        (0, {"weight": shaped(2, 0, 3, 3, 3)}, r"weight must have an output channel, got \[2, 0, 3, 3, 3\]"),
         (0, {"x": shaped(2, 3, 3, 8, 8).half()}, "x must be Float or Double, got Half"),
         (
             0,

@@ -154,32 +154,21 @@ def first_layer(config: Config) -> Layer:
     return layer
 
 
-def plain_query(config: Config) -> int:
-    """More than the least: the query's images pass once, without patch statistics, so that the first layer's weight
-    gradient is not sparse there."""
-    layer = first_layer(config)
-    return config.outer.meta_batch * config.task.ways * config.task.queries * (layer.unit - layer.sparse) // 2
-
-
 @pytest.mark.parametrize("case", STEPS)
 def test_meta_step_spends_the_least(case: str) -> None:
-    """Exactly, but for two things of the first layer: the query pass, and a context pass that is differentiated. That
-    one takes two sparse weight gradients, its own and the outer pass's, which the least form adds up first."""
+    """Exactly, but for the first layer of a context pass that is differentiated: it takes two sparse weight gradients,
+    its own and the outer pass's, which the least form adds up first."""
     config = small(case, 16)
     images, twice = config.outer.meta_batch * config.task.ways * config.task.shots, 0
     if config.inner.initial_context_order == 2:
         twice = images * first_layer(config).sparse // 2
-    assert meta_step(config) == least(config) + plain_query(config) + twice
+    assert meta_step(config) == least(config) + twice
 
 
 def test_odd_images() -> None:
-    """The least counts the pooled windows of the first layer, ours a quarter of the positions for each of the three
-    sparse products of a support pass: the same where both sizes are even, else a little more."""
+    """Windows count, not positions: 10x10 of them for 21x21."""
     config = small("cxgrad", 21)
-    layer, images = first_layer(config), config.outer.meta_batch * config.task.ways * config.task.shots
-    assert (layer.positions, layer.pooled) == (21 * 21, 10 * 10)
-    more = (images * layer.positions // 4 - images * layer.pooled) * layer.weight
-    assert meta_step(config) == least(config) + plain_query(config) + 3 * config.inner.steps * more
+    assert meta_step(config) == least(config)
 
 
 # --- buffers ---
@@ -204,7 +193,7 @@ def test_a_step_reuses_the_last_one_s_buffers(backbone: str) -> None:
     before = ops.fresh_buffer_bytes()
     step()
     warm = ops.fresh_buffer_bytes()
-    assert warm - before > 10 << 20
+    assert warm - before > 4 << 20
     for _ in range(3):
         step()
     assert ops.fresh_buffer_bytes() == warm

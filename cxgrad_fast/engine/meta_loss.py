@@ -14,7 +14,7 @@ from cxgrad_fast.algorithms.rule import cross_entropy
 from cxgrad_fast.config import Config
 from cxgrad_fast.engine.recompute import recomputed
 from cxgrad_fast.episodes import Episodes
-from cxgrad_fast.kernels import patch_statistics
+from cxgrad_fast.kernels import PatchStatistics, patch_statistics
 from cxgrad_fast.models import Backbone, LayerStatistics, Output
 
 
@@ -159,12 +159,10 @@ class Engine:
         given: Mapping[str, LayerStatistics] | None = None,
         collect: bool = False,
     ) -> Output:
-        """A pass with the adapted weights as they are: the query pass is not scaled again (released program).
-
-        Its images are seen once, so that their patch statistics would cost more than they save.
-        """
+        """A pass with the adapted weights as they are: the query pass is not scaled again (released program)."""
         weights = {**self._meta(parameters), **state.weights}
-        return self.backbone.forward(weights, x, self.rule.norm_eps, given=given, collect=collect)
+        patches = self._patches(x) if given is None else None
+        return self.backbone.forward(weights, x, self.rule.norm_eps, patches=patches, given=given, collect=collect)
 
     def _meta(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that the inner loop does not move; those of norms get their task axis."""
@@ -176,8 +174,11 @@ class Engine:
         }
 
     def _support(self, x: Tensor, y: Tensor) -> Support:
-        use_patches = self.backbone.first_layer_patches and not x.requires_grad
-        return Support(x, y, patch_statistics(x) if use_patches else None)
+        return Support(x, y, self._patches(x))
+
+    def _patches(self, x: Tensor) -> PatchStatistics | None:
+        """With them the first layer is one pass over the images, which pays even where they are seen once."""
+        return patch_statistics(x) if self.backbone.first_layer_patches and not x.requires_grad else None
 
     def _join(self, parts: Sequence[MetaLoss], sizes: Sequence[int]) -> MetaLoss:
         """The results of all chunks as those of one batch."""
