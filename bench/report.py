@@ -3,7 +3,7 @@
     python bench/report.py [--results DIR] [--readme FILE] [--plots DIR]
 
 Reads the results of ``bench/episodes.py`` and ``bench/gpu_table.py``; trials (``--quick``) and files of other commands
-are passed over. Of one side in one case on one machine the newest result counts. The table goes between the markers
+are passed over. Of one side in one case on one machine the newest figure counts. The table goes between the markers
 ``<!-- bench:start -->`` and ``<!-- bench:end -->``; a README without them is left alone, and the table is printed.
 """
 
@@ -82,7 +82,9 @@ def read_figures(folder: Path) -> list[Figure]:
             raise InputError(f"the result file '{path}' is not JSON: {error}") from None
         for figure in _figures(content):
             key = (figure.hardware, figure.settings, figure.side)
-            if key not in found or figure.date >= found[key].date:
+            known = found.get(key)
+            # a reason why there is none does not displace a figure: a peer may just not be installed this time
+            if not known or (figure.date >= known.date and (figure.rate or not known.rate)):
                 found[key] = figure
     return list(found.values())
 
