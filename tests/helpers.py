@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxgrad_fast import Config, Episodes, Learner, preset
 from cxgrad_fast.kernels import backends
+from cxgrad_fast.kernels.case_calls import derivatives
+from cxgrad_fast.kernels.cases import Case, Inputs
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,6 +76,21 @@ def require_cpp() -> None:
     assert not reason
 
 
+def assert_bits_repeat(case: Case, given: Inputs) -> None:
+    """Outputs and derivatives of a call are the same to the bit again, and on other numbers of threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(derivatives(case, given))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, expected in results[0].items():
+            assert torch.equal(result[name], expected), name
+
+
 class OperatorCalls(TorchDispatchMode):
     """Records the calls of our C++ operators: the operator and its arguments."""
 
@@ -89,6 +106,11 @@ class OperatorCalls(TorchDispatchMode):
     def names(self) -> list[str]:
         """The operators called, in order."""
         return [func._schema.name.partition("::")[2] for func, _ in self.calls]
+
+    @property
+    def last(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """The last call of each operator, by its name."""
+        return dict(zip(self.names(), self.calls, strict=True))
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], Config, Episodes]:

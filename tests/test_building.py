@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -108,17 +107,18 @@ def test_processes_at_once_build_once(sources: Path) -> None:
 
 
 def test_a_killed_build_leaves_nothing_to_be_taken(sources: Path) -> None:
-    started = sources.parent / "started"
-    compiler = script(sources.parent, f'[ "$1" = --version ] && exec g++ --version\ntouch {started}\nexec sleep 60')
+    started = sources.parent / "started"  # pipes: opening one waits for its other end
+    never = sources.parent / "never"
+    os.mkfifo(started)
+    os.mkfifo(never)
+    compiler = script(sources.parent, f'[ "$1" = --version ] && exec g++ --version\n: > {started}\nexec cat {never}')
     command = "from pathlib import Path; from cxgrad_fast.kernels.building import library; "
     command += f"library(Path({str(sources)!r}))"
     child = subprocess.Popen(
         [sys.executable, "-c", command], env=os.environ | {"CXX": compiler}, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not started.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    started.read_bytes()
     child.kill()
     child.wait()
     folder = sources.parent / "cache" / "operators"

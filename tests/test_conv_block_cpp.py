@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import OperatorCalls, relative_error, require_cpp
+from helpers import OperatorCalls, assert_bits_repeat, relative_error, require_cpp
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -518,18 +518,7 @@ PARALLEL = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", PARALLEL, ids=name_of)
 def test_bits_repeat_on_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
-    given = inputs(case, dtype)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(derivatives(case, given))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for name, expected in results[0].items():
-            assert torch.equal(result[name], expected), name
+    assert_bits_repeat(case, inputs(case, dtype))
 
 
 @pytest.mark.parametrize("case", PARALLEL, ids=name_of)

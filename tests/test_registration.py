@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import OperatorCalls, assert_bits_repeat, relative_error
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxgrad_fast.kernels import backends, registration, use_backend
 from cxgrad_fast.kernels.case_calls import call, derivatives, margin
@@ -43,27 +42,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(registration, "_traced", lambda: True)
 
 
-class Calls(TorchDispatchMode):
-    """Records the calls of our operators, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == registration.NAMESPACE:
-            self.found[func._schema.name.partition("::")[2]] = func, args
-        return func(*args, **kwargs or {})
-
-
 def test_the_extension_is_what_is_tested() -> None:
     assert backends.availability()["cpp"] == ""
-    with Calls() as calls:
+    with OperatorCalls() as calls:
         for case in SMALL:
             derivatives(case, inputs(case))
     orders = ("", "_backward", "_double_backward")
     derivable = [name for name in OPERATORS if name != "patch_statistics"]
-    assert set(calls.found) == {"patch_statistics", *(name + order for name in derivable for order in orders)}
+    assert set(calls.last) == {"patch_statistics", *(name + order for name in derivable for order in orders)}
 
 
 @pytest.mark.usefixtures("way")
@@ -110,10 +96,10 @@ def test_gradcheck(case: Case) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_opcheck(operator: str) -> None:
     (case,) = [case for case in SMALL if case.operator == operator and case.name in ("shared", "plain")]
-    with Calls() as calls:
+    with OperatorCalls() as calls:
         derivatives(case, inputs(case))
-    assert len(calls.found) == (1 if operator == "patch_statistics" else 3)
-    for name, (function, args) in calls.found.items():
+    assert len(calls.last) == (1 if operator == "patch_statistics" else 3)
+    for name, (function, args) in calls.last.items():
         # the last one has no derivative to compare
         prepare = torch.Tensor.detach if name.endswith("double_backward") or operator == "patch_statistics" else leaf
         torch.library.opcheck(function, mapped(prepare, args))
@@ -144,18 +130,7 @@ def test_third_derivatives_are_refused(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", PRODUCTION, ids=name_of)
 def test_bits_repeat_on_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
-    given = inputs(case, dtype)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(derivatives(case, given))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for name, expected in results[0].items():
-            assert torch.equal(result[name], expected), name
+    assert_bits_repeat(case, inputs(case, dtype))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name_of)

@@ -22,38 +22,16 @@ _launch_double_backward = launcher("conv_block_double_backward")
 
 
 def block(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    eps: Tensor | float,
-    *,
-    slope: float | None,
-    pool: bool,
-    patch_statistics: tuple[Tensor, Tensor] | None,
-    norm: str,
-    groups: int,
-    statistics: tuple[Tensor, Tensor] | None,
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the definition; group norm and given statistics are left to it."""
-    if norm != "batch" or statistics is not None:
-        return reference.conv_block(
-            x,
-            weight,
-            scale,
-            bias,
-            eps,
-            slope=slope,
-            pool=pool,
-            patch_statistics=patch_statistics,
-            norm=norm,
-            groups=groups,
-            statistics=statistics,
-        )
+    """As the definition, with its options; group norm and given statistics are left to it."""
+    if options["norm"] != "batch" or options["statistics"] is not None:
+        return reference.conv_block(x, weight, scale, bias, eps, **options)
+    slope, pool = options["slope"], options["pool"]
     tasks, channels = weight.shape[:2]
     if not isinstance(eps, Tensor):
         eps = x.new_full((tasks,), eps)
-    mean, covariance = patch_statistics or (None, None)
+    mean, covariance = options["patch_statistics"] or (None, None)
     affine = (scale.expand(tasks, channels), bias.expand(tasks, channels))
     # LeakyReLU of slope 1 is no activation
     out, _, _, _, moments = conv_block(x, weight, *affine, eps, 1.0 if slope is None else slope, pool, mean, covariance)
