@@ -41,6 +41,18 @@ struct Geometry {
         pool(pool),
         first_layer(first_layer) {}
 
+  // of images that are a convolution's output, without the rest
+  Geometry(const Tensor& y, int64_t channels)
+      : tasks(y.size(0)),
+        images(y.size(1)),
+        inputs(channels),
+        outputs(channels),
+        height(y.size(3)),
+        width(y.size(4)),
+        kernel(1),
+        pool(false),
+        first_layer(false) {}
+
   Plane plane() const { return {height, width, outputs}; }
   ConvolutionShape convolution() const { return {tasks, images, height, width, kernel}; }
   FirstLayer layer() const { return {inputs, height, width, outputs}; }
@@ -326,6 +338,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Geometry& g, co
     corners = corners.permute({0, 1, 4, 2, 3});
   }
   return {out.permute({0, 1, 4, 2, 3}), y, selected, corners, moments};
+}
+
+template <class T>
+Tensor convolution(const Geometry& g, const Tensor& x_, const Tensor& weight_) {
+  const Tensor x = channels_last(x_), weight = weight_.contiguous();
+  Tensor y = empty_buffer({g.tasks, g.images, g.height, g.width, g.outputs}, x.options());
+  T* values = y.mutable_data_ptr<T>();
+  const ConvolutionShape shape = g.convolution();
+  const Convolution<T> convolution(shape, {{weight.const_data_ptr<T>(), g.inputs, false}}, g.outputs);
+  for_groups(shape, shape.groups(), 0, g.tasks, [&](int64_t task, int64_t, int64_t image, int64_t count, bool) {
+    const int64_t unit = task * g.images + image;
+    const T* in = x.const_data_ptr<T>() + unit * g.height * g.width * g.inputs;
+    convolution.run(task, count, &in, values + unit * g.image_size());
+  });
+  return y.permute({0, 1, 4, 2, 3});
+}
+
+template <class T>
+Tensor activation(const Geometry& g, const Tensor& y_, const Tensor& scale, const Tensor& bias, const Tensor& eps,
+                  const Tensor& moments, T slope) {
+  const Tensor y = channels_last(y_);
+  Channels<T> channels(g, scale, bias, eps, moments);
+  Tensor out = empty_buffer({g.tasks, g.images, g.height, g.width, g.outputs}, y.options());
+  T* values = out.mutable_data_ptr<T>();
+  for_images(g, 0, g.tasks, [&](int64_t task, int64_t unit) {
+    const int64_t at = unit * g.image_size();
+    normalize(g.plane(), y.const_data_ptr<T>() + at, channels.affine(task), slope, values + at);
+  });
+  return out.permute({0, 1, 4, 2, 3});
 }
 
 // --- first derivative ---
@@ -769,6 +810,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_double_bac
                                        patches_of(patch_mean, patch_covariance), need_x, need_weight);
   });
   return result;
+}
+
+Tensor conv_block_convolution(const Tensor& x, const Tensor& weight) {
+  const Geometry g(x, weight, false, false);
+  Tensor y;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_convolution", [&] { y = convolution<scalar_t>(g, x, weight); });
+  return y;
+}
+
+Tensor conv_block_activation(const Tensor& y, const Tensor& scale, const Tensor& bias, const Tensor& eps,
+                             const Tensor& moments, double slope) {
+  const Geometry g(y, y.size(2));
+  Tensor out;
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "conv_block_activation", [&] {
+    out = activation<scalar_t>(g, y, scale, bias, eps, moments, scalar_t(slope));
+  });
+  return out;
 }
 
 }  // namespace cxgrad

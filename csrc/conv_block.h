@@ -40,6 +40,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_double_bac
     const Tensor& sparse, double slope, bool pool, const OptionalTensor& patch_mean,
     const OptionalTensor& patch_covariance, bool need_x, bool need_weight);
 
+// y and, without pooling, out again from what they were made of: what autograd need not keep (kernels/conv_block/cpp.py)
+Tensor conv_block_convolution(const Tensor& x, const Tensor& weight);
+Tensor conv_block_activation(const Tensor& y, const Tensor& scale, const Tensor& bias, const Tensor& eps,
+                             const Tensor& moments, double slope);
+
 // convolution work done since the last call, in multiply-adds of the direct form with zero padding (a quarter of that
 // for what is done at the arg-max alone): what the test of MATH.md 1's six units reads
 int64_t take_convolution_count();

@@ -244,6 +244,27 @@ auto checked_conv_block_double_backward(
                                     patch_covariance, need_x, need_weight);
 }
 
+Tensor checked_conv_block_convolution(const Tensor& x, const Tensor& weight) {
+  const Tensor affine = x.new_empty({weight.size(0), weight.dim() > 1 ? weight.size(1) : 0});
+  check_block(x, weight, affine, affine, x.new_empty({x.size(0)}), false, std::nullopt, std::nullopt);
+  return conv_block_convolution(x, weight);
+}
+
+Tensor checked_conv_block_activation(const Tensor& y, const Tensor& scale, const Tensor& bias, const Tensor& eps,
+                                     const Tensor& moments, double slope) {
+  TORCH_CHECK_VALUE(y.dim() == 5, "y must be [T, S, C, H, W], got ", y.sizes());
+  check_floating("y", y);
+  for (const auto& [name, tensor] : {std::pair{"scale", scale}, std::pair{"bias", bias}}) {
+    check_shape(name, tensor, {y.size(0), y.size(2)}, "T and C from y");
+    check_like(name, tensor, "y", y);
+  }
+  check_shape("eps", eps, {y.size(0)}, "T from y");
+  check_like("eps", eps, "y", y);
+  check_shape("moments", moments, {y.size(0), 2, y.size(2)}, "T, mean and variance, C");
+  TORCH_CHECK_VALUE(moments.scalar_type() == at::kDouble, "moments must be Double, got ", moments.scalar_type());
+  return conv_block_activation(y, scale, bias, eps, moments, slope);
+}
+
 std::string instruction_set() {
   return kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
 }
@@ -283,6 +304,10 @@ TORCH_LIBRARY(cxgrad_fast, m) {
       " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  m.def("conv_block_convolution(Tensor x, Tensor weight) -> Tensor");
+  m.def(
+      "conv_block_activation(Tensor y, Tensor scale, Tensor bias, Tensor eps, Tensor moments, float slope) -> Tensor");
+
   // for tests and benches
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
   m.def("poison_buffers(bool on) -> ()", &cxgrad::poison_buffers);
@@ -301,4 +326,6 @@ TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {
   m.impl("conv_block", &cxgrad::checked_conv_block);
   m.impl("conv_block_backward", &cxgrad::checked_conv_block_backward);
   m.impl("conv_block_double_backward", &cxgrad::checked_conv_block_double_backward);
+  m.impl("conv_block_convolution", &cxgrad::checked_conv_block_convolution);
+  m.impl("conv_block_activation", &cxgrad::checked_conv_block_activation);
 }

@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 NAMESPACE = "cxgrad_fast"
 
-_declared: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = []  # operators: name, formula, fake
+_declared: list[tuple[str, Callable[..., Any] | None, Callable[..., Any]]] = []  # operators: name, formula, fake
 _library: torch.library.Library | None = None  # what is registered lives as long as this does
 
 
@@ -50,7 +50,8 @@ def load() -> tuple[str, Path | None]:
         return " ".join(str(error).split()), None
     _library = torch.library.Library(NAMESPACE, "IMPL")
     for name, formula, fake in _declared:
-        _library.impl(name, formula, "Autograd")
+        if formula is not None:
+            _library.impl(name, formula, "Autograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return "", path
 
@@ -60,8 +61,13 @@ def loaded() -> bool:
     return _library is not None
 
 
-def launcher(name: str) -> Callable[..., Any]:
-    """The operator's kernel, without its autograd formula and most of the dispatcher's cost."""
+def launcher(name: str, *, fake: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The operator's kernel, without its autograd formula and most of the dispatcher's cost.
+
+    ``fake`` is for an operator that has no formula, which :func:`operator` would declare with it.
+    """
+    if fake is not None:
+        _declared.append((name, None, fake))
 
     @functools.cache
     def overload() -> Any:
@@ -92,15 +98,17 @@ def operator(*, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable
     return declare
 
 
-def wanted(ctx: Any, index: int) -> bool:
-    """Whether the running backward pass uses the gradient of the Function's input ``index``; all before it are tensors.
+def wanted(ctx: Any, index: int, first: int = 0) -> bool:
+    """Whether the running backward pass uses the gradient of the Function's input ``index``.
+
+    The inputs are tensors from the one at ``first`` to that one, and no tensors before.
 
     ``needs_input_grad`` only says whether it could: a gradient in epsilon alone would still pay for the weight's.
     """
     if not ctx.needs_input_grad[index]:
         return False
     try:
-        return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[index - first][0]))
     except RuntimeError:  # a leaf, of which the engine does not say; or not within a backward pass
         return True
 
