@@ -152,10 +152,13 @@ def test_awkward_sizes(case: Case, dtype: torch.dtype) -> None:
             break
     with use_backend("reference"):
         wanted = derivatives(case, given.to(torch.float64))
+        own = derivatives(case, given)
     stain(case, given)
     for name, tensor in derivatives(case, given).items():
-        tolerance = EXACT if dtype == torch.float64 else 1e-5
-        assert relative_error(tensor, wanted[name]) < tolerance or wanted[name].norm() < 1e-9, name
+        exact = wanted[name]
+        # a filter of one number before a norm: its gradient is what cancels, for everybody
+        allowed = EXACT if dtype == torch.float64 else max(1e-5, 2 * relative_error(own[name], exact))
+        assert relative_error(tensor, exact) < allowed or exact.norm() < 1e-9, name
 
 
 # --- parts of the derivatives ---

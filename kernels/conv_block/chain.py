@@ -38,7 +38,7 @@ class Chain:
         double_backward: -> gradients of (q, x, weight, scale, eps, y).
         convolution: (x, weight) -> y.
         activation: (y, scale, bias, eps, moments, slope) -> out, without pooling.
-        call: how the block calls its operator: :meth:`apply`, or a registered operator whose formula that is.
+        call: how the block calls its operator where that is registered, with :meth:`apply` as its formula.
         call_backward: the same of its derivative.
         call_double_backward: and of that one's.
     """
@@ -48,9 +48,9 @@ class Chain:
     double_backward: Kernel
     convolution: Kernel
     activation: Kernel
-    call: Kernel
-    call_backward: Kernel
-    call_double_backward: Kernel
+    call: Kernel | None = None
+    call_backward: Kernel | None = None
+    call_double_backward: Kernel | None = None
 
     def block(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, **options: Any
@@ -65,7 +65,7 @@ class Chain:
             eps = x.new_full((tasks,), eps)
         mean, covariance = options["patch_statistics"] or (None, None)
         g, b = scale.expand(tasks, channels), bias.expand(tasks, channels)
-        out, y, _, _, moments = self.call(x, weight, g, b, eps, slope, pool, mean, covariance)
+        out, y, _, _, moments = (self.call or self.apply)(x, weight, g, b, eps, slope, pool, mean, covariance)
         if not pool and out.requires_grad and not torch.compiler.is_compiling():
             made_from = recipe_of(y) or y.detach()
             attach(out, Recipe(self.activation, (made_from, g.detach(), b.detach(), eps.detach(), moments, slope)))
@@ -119,8 +119,9 @@ class _Backward(torch.autograd.Function):
             refuse_third("conv_block")(ctx)
         *saved, patch_mean, patch_covariance = ctx.saved_tensors
         patches = (patch_mean, patch_covariance)
+        chain: Chain = ctx.chain
         arguments: list[Any] = [*cotangents[:5], *saved, *ctx.options, *patches, wanted(ctx, 2, 1), wanted(ctx, 3, 1)]
-        q, x, weight, scale, eps, y = ctx.chain.call_double_backward(*arguments)
+        q, x, weight, scale, eps, y = (chain.call_double_backward or chain.apply_double_backward)(*arguments)
         return None, q, _or_none(x), _or_none(weight), scale, None, eps, _or_none(y), *[None] * 10
 
 
@@ -150,8 +151,9 @@ class _Forward(torch.autograd.Function):
         if q is None:
             q = saved[0].new_zeros(ctx.shape)
         patches = (patch_mean, patch_covariance)
+        chain: Chain = ctx.chain
         arguments: list[Any] = [q, y_gradient, *saved, *ctx.options, *patches, wanted(ctx, 2, 2), wanted(ctx, 3, 2)]
-        dx, dweight, dscale, dbias, deps, _sparse = ctx.chain.call_backward(*arguments)
+        dx, dweight, dscale, dbias, deps, _sparse = (chain.call_backward or chain.apply_backward)(*arguments)
         return None, None, _or_none(dx), _or_none(dweight), dscale, dbias, deps, None, None, None, None
 
 
