@@ -10,6 +10,7 @@
 #include "buffers.h"
 #include "conv_block.h"
 #include "patch_statistics.h"
+#include "residual_end.h"
 #include "simd.h"
 #include "weights.h"
 
@@ -265,6 +266,52 @@ Tensor checked_conv_block_activation(const Tensor& y, const Tensor& scale, const
   return conv_block_activation(y, scale, bias, eps, moments, slope);
 }
 
+// --- residual_end ---
+
+void check_images(const std::string& name, const Tensor& images) {
+  TORCH_CHECK_VALUE(images.dim() == 5, name, " must be [T, S, C, H, W], got ", images.sizes());
+  check_floating(name, images);
+}
+
+void check_end(double slope, int64_t padding) {
+  TORCH_CHECK_VALUE(slope >= 0, "slope must not be negative, got ", slope);
+  TORCH_CHECK_VALUE(padding == 0 || padding == 1, "padding must be 0 or 1, got ", padding);
+}
+
+// codes of the end of [T, S, C, height, width]
+void check_codes(const Tensor& codes, const Tensor& like, int64_t height, int64_t width, bool pool, int64_t padding) {
+  auto sizes = like.sizes().vec();
+  sizes[3] = pool ? (height + 2 * padding) / 2 : height;
+  sizes[4] = pool ? (width + 2 * padding) / 2 : width;
+  check_shape("codes", codes, sizes, "the forward operator's output");
+  TORCH_CHECK_VALUE(codes.scalar_type() == at::kByte, "codes must be Byte, got ", codes.scalar_type());
+}
+
+auto checked_residual_end(const Tensor& x, const Tensor& shortcut, double slope, bool pool, int64_t padding) {
+  check_images("x", x);
+  check_shape("shortcut", shortcut, x.sizes(), "like x");
+  check_like("shortcut", shortcut, "x", x);
+  check_end(slope, padding);
+  return residual_end(x, shortcut, slope, pool, padding);
+}
+
+Tensor checked_residual_end_backward(const Tensor& q, const Tensor& codes, int64_t height, int64_t width, double slope,
+                                     bool pool, int64_t padding) {
+  check_images("q", q);
+  check_end(slope, padding);
+  check_codes(codes, q, height, width, pool, padding);
+  check_shape("q", q, codes.sizes(), "like codes");
+  return residual_end_backward(q, codes, height, width, slope, pool, padding);
+}
+
+Tensor checked_residual_end_double_backward(const Tensor& cotangent, const Tensor& codes, double slope, bool pool,
+                                            int64_t padding) {
+  check_images("cotangent", cotangent);
+  check_end(slope, padding);
+  check_codes(codes, cotangent, cotangent.size(3), cotangent.size(4), pool, padding);
+  return residual_end_double_backward(cotangent, codes, slope, pool, padding);
+}
+
 std::string instruction_set() {
   return kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
 }
@@ -308,6 +355,13 @@ TORCH_LIBRARY(cxgrad_fast, m) {
   m.def(
       "conv_block_activation(Tensor y, Tensor scale, Tensor bias, Tensor eps, Tensor moments, float slope) -> Tensor");
 
+  m.def("residual_end(Tensor x, Tensor shortcut, float slope, bool pool, int padding) -> (Tensor, Tensor)");
+  m.def(
+      "residual_end_backward(Tensor q, Tensor codes, int height, int width, float slope, bool pool, int padding)"
+      " -> Tensor");
+  m.def(
+      "residual_end_double_backward(Tensor cotangent, Tensor codes, float slope, bool pool, int padding) -> Tensor");
+
   // for tests and benches
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
   m.def("poison_buffers(bool on) -> ()", &cxgrad::poison_buffers);
@@ -328,4 +382,7 @@ TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {
   m.impl("conv_block_double_backward", &cxgrad::checked_conv_block_double_backward);
   m.impl("conv_block_convolution", &cxgrad::checked_conv_block_convolution);
   m.impl("conv_block_activation", &cxgrad::checked_conv_block_activation);
+  m.impl("residual_end", &cxgrad::checked_residual_end);
+  m.impl("residual_end_backward", &cxgrad::checked_residual_end_backward);
+  m.impl("residual_end_double_backward", &cxgrad::checked_residual_end_double_backward);
 }

@@ -81,8 +81,7 @@ class Chain:
 
     def apply_backward(self, q: Tensor, y_gradient: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         """The first derivative, with its own."""
-        x, y = rest[0], rest[5]
-        with Recipes([(x, recipe_of(x)), (y, recipe_of(y))]).keeping():
+        with Recipes((tensor, recipe_of(tensor)) for tensor in (q, rest[0], rest[5])).keeping():  # x and y
             return _Backward.apply(self, q, *rest, y_gradient)
 
     def apply_double_backward(self, *arguments: Any) -> tuple[Tensor, ...]:

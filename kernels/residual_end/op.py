@@ -6,9 +6,9 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
-from cxgrad_fast.kernels.residual_end import reference
+from cxgrad_fast.kernels.residual_end import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.residual_end}
+_IMPLEMENTATIONS = {"reference": reference.residual_end, "cpp": cpp.end}
 
 
 def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, padding: int = 0) -> Tensor:
