@@ -7,11 +7,14 @@ here; ``auto`` takes the best that can. An operator that a backend does not have
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,11 @@ NAMES = ("reference", "cpp", "triton")
 _DEVICES = {"cpp": "cpu", "triton": "cuda"}  # of the fast backends, the best for each device
 _PRECISIONS = (torch.float32, torch.float64)  # that they have
 
+_LEAST_CAPABILITY = 8
+_PRODUCTS = ("float32", "tf32", "bfloat16")
+
 _configured: ContextVar[str] = ContextVar("cxgrad_backend", default="auto")
+_products: ContextVar[str] = ContextVar("cxgrad_precision", default="float32")
 
 
 def availability() -> dict[str, str]:
@@ -38,7 +45,10 @@ def availability() -> dict[str, str]:
 def details() -> dict[str, str]:
     """More about the backends that can run: instruction set and file of the C++ operators."""
     reason, path = registration.load()
-    return {} if reason else {"cpp": f"{torch.ops.cxgrad_fast.instruction_set()}, {path}"}
+    found = {} if reason else {"cpp": f"{torch.ops.cxgrad_fast.instruction_set()}, {path}"}
+    if not _why_not_triton():
+        found["triton"] = "in the interpreter, for tests" if interpreting() else torch.cuda.get_device_name()
+    return found
 
 
 @contextmanager
@@ -56,6 +66,44 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _configured.reset(token)
+
+
+@contextmanager
+def use_precision(name: str) -> Iterator[None]:
+    """Multiply float32 values in this block, and in this thread, as ``float32``, ``tf32`` or ``bfloat16``.
+
+    On tensor cores, that is: sums, statistics and everything elementwise stay float32, and so do the backends for CPUs.
+    Derivatives of what was computed here are taken in the same precision, wherever they are taken.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in _PRODUCTS:
+        raise InputError(f"precision takes one of {', '.join(_PRODUCTS)}, got '{name}'")
+    token = _products.set(name)
+    try:
+        yield
+    finally:
+        _products.reset(token)
+
+
+def precision() -> str:
+    """The precision of products, :func:`use_precision`'s."""
+    return _products.get()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on tensors of the CPU: for tests (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True")
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at its first call: Triton is not everywhere, and slow to import."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
 
 
 def release_buffers() -> int:
@@ -84,7 +132,7 @@ def choose(implementations: Collection[str], tensor: Tensor) -> str:
     device = tensor.device.type
     if name == "auto":
         return _best(implementations, tensor)
-    if _DEVICES.get(name, device) != device:
+    if _DEVICES.get(name, device) != device and not (name == "triton" and interpreting()):
         raise InputError(f"{setting} = {name} runs on {_DEVICES[name]}, got a tensor on {tensor.device}")
     return name if name in implementations else "reference"
 
@@ -108,7 +156,23 @@ def _warn_once(name: str, reason: str) -> None:
 def _why_not(name: str) -> str:
     if name == "cpp":
         return registration.load()[0]
-    return "this version has no Triton operators" if name == "triton" else ""
+    return _why_not_triton() if name == "triton" else ""
+
+
+@functools.cache
+def _why_not_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (Linux: pip install triton; torch for CUDA brings it)"
+    if interpreting():
+        return ""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch is built for CUDA {torch.version.cuda} and finds no driver or no device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, needed is 8.0 (Ampere) or newer"
+    return ""
 
 
 def _require(name: str, setting: str) -> None:

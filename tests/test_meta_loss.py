@@ -114,6 +114,33 @@ def test_equals_oracle(case: str, form: str) -> None:
     compare_with_oracle(config, tasks=1 if "relu" in case else 3)
 
 
+def with_vanishing_factor(config: Config, bias: float) -> Learner:
+    """A learner one of whose layers has a factor of softplus(bias), about."""
+    learner = Learner(config)
+    spread_parameters(learner)
+    with torch.no_grad():
+        learner.meta_parameters["scaler.2.weight"][1] *= 1e-3
+        learner.meta_parameters["scaler.2.bias"][1] = bias
+    return learner
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bias", [-25.0, -60.0, -150.0])
+def test_a_vanishing_factor(bias: float) -> None:
+    """The exact form divides by a factor that may come near zero (seen: 4e-12) and gives the scaled network's numbers."""
+    config = config_of(inner__steps=2)
+    learner, episodes = with_vanishing_factor(config, bias), random_episodes(config)
+    out, expected = learner.meta_loss(episodes), reference.meta_loss(config, learner.meta_parameters, episodes)
+    assert relative_error(out.loss, expected.loss) < 1e-10
+    wanted = gradients(expected.loss, learner.meta_parameters)
+    for name, gradient in gradients(out.loss, learner.meta_parameters).items():
+        assert relative_error(gradient, wanted[name]) < 1e-8 or wanted[name].norm() < 1e-12, name
+    single = with_vanishing_factor(config.override({"run.precision": "float32"}), bias)
+    rounded = single.meta_loss(episodes)
+    # the layer's output is its bias to rounding, so that all its pooling windows tie: no gradient of this to compare
+    assert all(gradient.isfinite().all() for gradient in gradients(rounded.loss, single.meta_parameters).values())
+
+
 @pytest.mark.usefixtures("backend")
 def test_non_contiguous_episodes() -> None:
     config = config_of(inner__steps=2)

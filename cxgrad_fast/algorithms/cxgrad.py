@@ -13,6 +13,10 @@ from cxgrad_fast.algorithms.rule import FastState, InnerLoop, Support, cut
 from cxgrad_fast.kernels import normalize_weights, scale_weights
 
 
+# gamma / sqrt(eps), the slope of a layer's output in its normalised input, is then far below the last place of one
+_LEAST_FACTOR = {torch.float32: 1e-11, torch.float64: 1e-90}
+
+
 class CxGrad(InnerLoop):
     """Algorithms 1 and 2 of the paper, all tasks at once.
 
@@ -55,7 +59,7 @@ class CxGrad(InnerLoop):
             state, trace = self._leave_zero(zero, meta, support, graph)
 
         (context,) = cut([_context(state)], graph)
-        gammas = scaling_factors(context, meta)
+        gammas = self._factors(context, meta)
         weights, eps = self._scale(state.weights, gammas)
         values = [*weights.values(), *([eps] if isinstance(eps, Tensor) else [])]
         points = cut(values, graph)
@@ -83,7 +87,7 @@ class CxGrad(InnerLoop):
             weights = {name: weight.detach() for name, weight in weights.items()}
             meta = {name: parameter.detach() for name, parameter in meta.items()}
         context = _context(state).detach().requires_grad_()
-        gammas = scaling_factors(context, meta)
+        gammas = self._factors(context, meta)
         weights, eps = self._scale(weights, gammas)
         carriers = [eps] if isinstance(eps, Tensor) else [weights[name] for name in self.backbone.scaled]
         losses = self._support_losses(weights, meta, support, eps)
@@ -95,6 +99,18 @@ class CxGrad(InnerLoop):
     def _exact(self) -> bool:
         return self.config.form == "exact"
 
+    def _factors(self, context: Tensor, meta: Mapping[str, Tensor]) -> Tensor:
+        """The scaling factors ``[T, L]``, in the exact form not below what its range allows.
+
+        A task may drive a layer's factor towards zero (seen: 4e-12), where the scaled network merely stops to depend on
+        it. ``eps / gamma**2`` and its two derivatives would overflow; from the least factor on the layer's output
+        is its norm's bias to less than rounding, and the gradient is the limit's.
+        """
+        gammas = scaling_factors(context, meta)
+        if not self._exact:
+            return gammas
+        return gammas + (_LEAST_FACTOR[gammas.dtype] - gammas.detach()).clamp_min(0)
+
     def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
         """IGS: the weights that the network runs on, and epsilon of the norms behind the scaled ones.
 
@@ -103,7 +119,8 @@ class CxGrad(InnerLoop):
         """
         scaled = [weights[name] for name in self.backbone.scaled]
         if self._exact:
-            used, eps = normalize_weights(scaled)[0], self.norm_eps / gammas.square()
+            # not eps / gamma**2, whose derivative divides by the fourth power
+            used, eps = normalize_weights(scaled)[0], self.norm_eps * gammas.reciprocal().square()
             return {**weights, **dict(zip(self.backbone.scaled, used, strict=True))}, eps
         return {**weights, **dict(zip(self.backbone.scaled, scale_weights(scaled, gammas), strict=True))}, self.norm_eps
 

@@ -11,7 +11,11 @@ from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
 from cxgrad_fast.kernels.conv_block import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.conv_block, "cpp": cpp.block}
+_IMPLEMENTATIONS = {
+    "reference": reference.conv_block,
+    "cpp": cpp.block,
+    "triton": backends.lazy("cxgrad_fast.kernels.conv_block.triton", "block"),
+}
 
 
 @overload

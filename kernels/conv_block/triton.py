@@ -32,7 +32,7 @@ def chain(precision: str) -> Chain:
         forward=functools.partial(_forward, **bound),
         backward=functools.partial(_backward, **bound),
         double_backward=functools.partial(_double_backward, **bound),
-        convolution=functools.partial(_convolution, **bound),
+        convolution=functools.partial(convolution.convolution, **bound),
         activation=forward.activation,
     )
 
@@ -128,8 +128,3 @@ def _double_backward(
     return double_backward.double_backward(
         *cotangents, q, x, weight, *affine, *saved, *sums, slope, pool, need_x, need_weight, precision=precision
     )
-
-
-def _convolution(x: Tensor, weight: Tensor, *, precision: str) -> Tensor:
-    packed = convolution.pack(weight, False)
-    return convolution.convolve(convolution.channels_last(x), packed, weight.shape[3], precision=precision)

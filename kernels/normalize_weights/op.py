@@ -10,7 +10,11 @@ from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
 from cxgrad_fast.kernels.normalize_weights import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.normalize_weights, "cpp": cpp.normalize_weights}
+_IMPLEMENTATIONS = {
+    "reference": reference.normalize_weights,
+    "cpp": cpp.normalize_weights,
+    "triton": backends.lazy("cxgrad_fast.kernels.normalize_weights.triton", "normalize_weights"),
+}
 
 
 def normalize_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -10,7 +10,11 @@ from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_shape
 from cxgrad_fast.kernels.patch_statistics import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.patch_statistics, "cpp": cpp.patch_statistics}
+_IMPLEMENTATIONS = {
+    "reference": reference.patch_statistics,
+    "cpp": cpp.patch_statistics,
+    "triton": backends.lazy("cxgrad_fast.kernels.patch_statistics.triton", "patch_statistics"),
+}
 
 
 class PatchStatistics(NamedTuple):

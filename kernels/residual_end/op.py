@@ -8,7 +8,11 @@ from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
 from cxgrad_fast.kernels.residual_end import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.residual_end, "cpp": cpp.end}
+_IMPLEMENTATIONS = {
+    "reference": reference.residual_end,
+    "cpp": cpp.end,
+    "triton": backends.lazy("cxgrad_fast.kernels.residual_end.triton", "residual_end"),
+}
 
 
 def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, padding: int = 0) -> Tensor:

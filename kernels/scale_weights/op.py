@@ -10,7 +10,11 @@ from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.checks import check_like, check_shape
 from cxgrad_fast.kernels.scale_weights import cpp, reference
 
-_IMPLEMENTATIONS = {"reference": reference.scale_weights, "cpp": cpp.scale_weights}
+_IMPLEMENTATIONS = {
+    "reference": reference.scale_weights,
+    "cpp": cpp.scale_weights,
+    "triton": backends.lazy("cxgrad_fast.kernels.scale_weights.triton", "scale_weights"),
+}
 
 
 def scale_weights(weights: Sequence[Tensor], gammas: Tensor) -> list[Tensor]:
