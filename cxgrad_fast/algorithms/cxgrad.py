@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from cxgrad_fast.algorithms.rule import FastState, InnerLoop, Support, cut
 from cxgrad_fast.kernels import normalize_weights, scale_weights
 
-
 # gamma / sqrt(eps), the slope of a layer's output in its normalised input, is then far below the last place of one
 _LEAST_FACTOR = {torch.float32: 1e-11, torch.float64: 1e-90}
 
@@ -143,8 +142,9 @@ class CxGrad(InnerLoop):
         if self._exact:
             # dL/d(scaled weight) is the unit weight's over gamma; in first order all of it is a constant
             rates = rate / (gammas if graph else gammas.detach())
-            for layer, name in enumerate(self.backbone.scaled):
-                gamma, own_rate = (factor[:, layer, None, None, None, None] for factor in (gammas, rates))
+            # one call for all layers, and one in each derivative, instead of a selection a layer
+            columns = (factor[..., None, None, None, None].unbind(1) for factor in (gammas, rates))
+            for name, gamma, own_rate in zip(self.backbone.scaled, *columns, strict=True):
                 moved[name] = gamma * weights[name] - own_rate * gradients[name]
         return moved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -123,9 +123,9 @@ class Backbone(ABC):
         return y
 
 
-def layer_eps(eps: Tensor | float, layer: int) -> Tensor | float:
-    """The ``[T]`` of one scaled convolution, or the number that all share."""
-    return eps[:, layer] if isinstance(eps, Tensor) else eps
+def layers_eps(eps: Tensor | float, layers: int) -> Sequence[Tensor | float]:
+    """The ``[T]`` of every scaled convolution, or the number that all share."""
+    return eps.unbind(1) if isinstance(eps, Tensor) else [eps] * layers
 
 
 def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:

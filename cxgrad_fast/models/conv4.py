@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cxgrad_fast.config import ModelConfig
 from cxgrad_fast.kernels import PatchStatistics
-from cxgrad_fast.models.backbone import Backbone, LayerStatistics, Output, head_logits, layer_eps, norm_shapes
+from cxgrad_fast.models.backbone import Backbone, LayerStatistics, Output, head_logits, layers_eps, norm_shapes
 
 DEPTH = 4
 
@@ -39,13 +39,13 @@ class Conv4(Backbone):
         collect: bool = False,
     ) -> Output:
         output = Output(x)
-        for layer in range(DEPTH):
+        for layer, own_eps in enumerate(layers_eps(eps, DEPTH)):
             x = self._conv_block(
                 output,
                 parameters,
                 f"features.{layer}",
                 x,
-                layer_eps(eps, layer),
+                own_eps,
                 slope=self.model.slope,
                 pool=True,
                 given=given,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cxgrad_fast.config import ModelConfig
 from cxgrad_fast.kernels import PatchStatistics, residual_end
-from cxgrad_fast.models.backbone import Backbone, LayerStatistics, Output, head_logits, layer_eps, norm_shapes
+from cxgrad_fast.models.backbone import Backbone, LayerStatistics, Output, head_logits, layers_eps, norm_shapes
 
 BLOCKS, CONVOLUTIONS = 4, 3
 
@@ -55,12 +55,13 @@ class ResNet12(Backbone):
                 output, parameters, name, x, eps, slope=slope, pool=False, given=given, collect=collect
             )
 
+        own_eps = layers_eps(eps, len(self.scaled))
         for block in range(BLOCKS):
             shortcut = conv(f"features.{block}.shortcut", x, model.norm_eps, None)
             for index in range(CONVOLUTIONS):
                 last = index == CONVOLUTIONS - 1
                 layer = block * CONVOLUTIONS + index
-                x = conv(f"features.{block}.{index}", x, layer_eps(eps, layer), None if last else model.slope)
+                x = conv(f"features.{block}.{index}", x, own_eps[layer], None if last else model.slope)
             pool = model.pool_last or block < BLOCKS - 1
             x = residual_end(x, shortcut, slope=model.slope, pool=pool, padding=model.pool_padding[block])
         output.logits = head_logits(parameters, x.mean((3, 4)))
