@@ -322,6 +322,15 @@ def _residual_end_cases() -> Iterator[Case]:
     yield case("zero_tasks", "an empty shard of a distributed meta-batch", tasks=0)
     yield case("image_major", "what conv_block hands on", layout="image_major")
     yield case("strided", "a slice of a wider tensor, NaN between its columns", layout="strided")
+    small = {"images": 2, "height": 4, "width": 6}
+    yield case("channels_last", "what conv_block in C++ hands on", layout="channels_last", **small)
+    yield case("padded_even", "windows hang over all four borders", padding=1, **small)
+    yield case("padded_row", "windows of a single position in a corner", height=1, width=5, padding=1)
+    yield case("padded_ties", "padding never wins a tie; at 0 the gradient is the slope's", content="ties", padding=1)
+    yield case("no_pool_odd", "a rest behind the last vector", pool=False, images=1, height=5, width=7)
+    yield case("no_pool_ties", "sums of exactly 0 under ReLU", pool=False, content="ties", slope=0.0)
+    yield case("17_channels", "one more than a vector", channels=17, tasks=1, images=1, height=2, width=3)
+    yield case("steep", "a slope above 1: still monotone, so that pooling first is the same", slope=1.5, **small)
     for block, size in enumerate((84, 42, 21, 10)):
         yield case(
             f"resnet12-64/5w1s/block{block + 1}",
