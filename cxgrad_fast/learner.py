@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cxgrad_fast.algorithms import FastState, build_inner_loop
 from cxgrad_fast.config import Config, InputError
-from cxgrad_fast.engine import Engine, MetaLoss
+from cxgrad_fast.engine import Engine, Gradients, MetaLoss, StaticGradients
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.kernels import use_backend
 from cxgrad_fast.models import LayerStatistics, build_backbone
@@ -63,6 +63,9 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.meta_parameters.values(), lr=config.outer.learning_rate)
         self.running_statistics: dict[str, LayerStatistics] = {}
         self._steps_averaged = 0
+        self._gradients: Gradients = self._loss_and_gradients
+        if config.run.compile:
+            self._gradients = StaticGradients(self._loss_and_gradients)
 
     def meta_loss(self, episodes: Episodes) -> MetaLoss:
         """Loss, logits and trace of a batch of tasks; ``loss`` is differentiable in ``meta_parameters``.
@@ -85,9 +88,9 @@ class Learner:
             NonFiniteLossError: the loss or a gradient is not finite; parameters and optimizer stay as they were.
             ValueError: as :meth:`meta_loss`.
         """
-        out = self.meta_loss(episodes)
         parameters = list(self.meta_parameters.values())
-        gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True, materialize_grads=True)
+        with use_backend(self.config.run.backend):
+            out, gradients = self._gradients(parameters, self._checked(episodes))
         finite = torch.stack([out.loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
         if not finite:
             what = "gradient" if out.loss.isfinite() else "loss"
@@ -97,7 +100,13 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._average(out.statistics)
-        return out.detach()
+        return out
+
+    def _loss_and_gradients(
+        self, parameters: Sequence[Tensor], episodes: Episodes
+    ) -> tuple[MetaLoss, Sequence[Tensor]]:
+        out = self.engine.meta_loss(dict(zip(self.meta_parameters, parameters, strict=True)), episodes)
+        return out.detach(), torch.autograd.grad(out.loss, parameters, allow_unused=True, materialize_grads=True)
 
     def predict(self, episodes: Episodes, statistics: str | None = None) -> Tensor:
         """Query logits ``[T, N*Q, N]`` after adaptation to each support set, without a graph.
@@ -304,8 +313,8 @@ def _dtype(config: Config) -> torch.dtype:
         raise InputError(
             f"setting 'run.precision' (={config.run.precision}) is not in this version: use float32 or float64"
         )
-    if config.run.compile:
-        raise InputError("setting 'run.compile' (--compile) is not in this version: leave it out")
+    if config.run.compile and _device(config.run.device).type == "cuda":
+        raise InputError("setting 'run.compile' (--compile) is for CPUs in this version: leave it out on a CUDA device")
     return _DTYPES[config.run.precision]
 
 

@@ -220,7 +220,6 @@ def test_wrong_labels_and_types() -> None:
     [
         ({"run.precision": "tf32"}, r"setting 'run.precision' \(=tf32\) is not in this version"),
         ({"run.precision": "bfloat16"}, "is not in this version"),
-        ({"run.compile": True}, "setting 'run.compile' \\(--compile\\) is not in this version"),
         ({"run.device": "gpu"}, "setting 'run.device' takes auto, cpu or cuda"),
     ],
 )

@@ -127,7 +127,7 @@ def with_vanishing_factor(config: Config, bias: float) -> Learner:
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("bias", [-25.0, -60.0, -150.0])
 def test_a_vanishing_factor(bias: float) -> None:
-    """The exact form divides by a factor that may come near zero (seen: 4e-12) and gives the scaled network's numbers."""
+    """The exact form divides by a factor that may come near zero (seen: 4e-12): it still is the scaled network."""
     config = config_of(inner__steps=2)
     learner, episodes = with_vanishing_factor(config, bias), random_episodes(config)
     out, expected = learner.meta_loss(episodes), reference.meta_loss(config, learner.meta_parameters, episodes)

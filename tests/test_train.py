@@ -59,6 +59,12 @@ def wait_for_rows(child: subprocess.Popen[str], folder, rows: int) -> None:
 # a whole run
 
 
+def test_a_compiled_run_is_the_same_run(images, finished, tmp_path, capsys) -> None:
+    assert train("--compile", "--out", tmp_path / "compiled", *words(images)) == 0
+    assert "meta-step compiled in " in capsys.readouterr().err
+    same_run(tmp_path / "compiled", finished)
+
+
 def test_a_run_leaves_everything_in_its_folder(finished, images) -> None:
     names = {path.name for path in finished.iterdir()}
     best = read_checkpoint(finished / "latest.pt").best

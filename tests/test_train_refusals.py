@@ -41,17 +41,12 @@ def test_an_unknown_setting_ends_the_real_command_in_one_line(tmp_path) -> None:
         ({"run__device": "gpu"}, "setting 'run.device' takes auto, cpu or cuda[:index], got 'gpu'"),
         ({"run__backend": "triton"}, "triton cannot run here"),
         ({"run__precision": "tf32"}, "setting 'run.precision' (=tf32) is not in this version"),
-        ({"run__compile": "true"}, "setting 'run.compile' (--compile) is not in this version"),
         ({"task__shots": "many"}, "setting 'task.shots' takes a value of type int, got 'many'"),
     ],
 )
 def test_bad_settings_are_told_and_no_folder_is_made(images, tmp_path, capsys, changes, told: str) -> None:
     assert told in refused(capsys, "--out", tmp_path / "run", *words(images, **changes))
     assert os.listdir(tmp_path) == []
-
-
-def test_compile_is_passed_on(images, tmp_path, capsys) -> None:
-    assert "--compile" in refused(capsys, "--compile", "--out", tmp_path / "run", *words(images))
 
 
 def test_an_unknown_preset_is_told(capsys) -> None:

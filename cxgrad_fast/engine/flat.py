@@ -45,9 +45,13 @@ class Flat:
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Drop what no result needs, copies, views that undo each other, and calls that were made before."""
+    """Drop what no result needs, copies, views that undo each other, and calls that were made before.
+
+    Where the function writes into its tensors, only the first.
+    """
     if any(_schema(node) is not None and _schema(node).is_mutable for node in graph.nodes):
-        raise RuntimeError("a function that writes into its tensors cannot be made flat")
+        graph.eliminate_dead_code()
+        return
     for node in graph.nodes:
         if node.target in _COPIES or _undoes(node):
             source = node.args[0] if node.target in _COPIES else node.args[0].args[0]
