@@ -45,7 +45,11 @@ class PlatformDistribution(Distribution):
 setup(
     packages=[*own, *kernels, "cxgrad_fast.csrc"],
     package_dir={"cxgrad_fast.kernels": "kernels", "cxgrad_fast.csrc": "csrc"},
-    package_data={"cxgrad_fast": ["py.typed"], "cxgrad_fast.csrc": ["*.cpp", "*.h"]},
+    package_data={
+        "cxgrad_fast": ["py.typed"],
+        "cxgrad_fast.csrc": ["*.cpp", "*.h"],
+        "cxgrad_fast.kernels": ["launch_tables/*.json"],
+    },
     cmdclass={"build_py": BuildWithOperators},
     distclass=PlatformDistribution,
 )

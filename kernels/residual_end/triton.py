@@ -1,0 +1,185 @@
+"""residual_end in Triton: its graph keeps one byte an output, and each derivative is one pass.
+
+Images lie [T, S, H, W, C]. A program does a block of elements of one image, neighbours along the channels; where a
+tensor has windows and another positions, the pass goes over what it writes, so that every element is written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cxgrad_fast.kernels import launch
+from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images
+from cxgrad_fast.kernels.residual_end import reference
+from cxgrad_fast.kernels.residual_end.chain import Chain
+
+
+def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, padding: int) -> Tensor:
+    """As the definition; no task is left to it."""
+    if not x.numel():
+        return reference.residual_end(x, shortcut, slope=slope, pool=pool, padding=padding)
+    return _CHAIN.end(x, shortcut, slope=slope, pool=pool, padding=padding)
+
+
+@triton.jit
+def _element(size, C: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one image's ``size`` elements: its number, the elements, which exist, and their row, column and channel."""
+    blocks = tl.cdiv(size, BLOCK)
+    element = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    position = element // C
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    return image, element, element < size, position // COLUMNS, position % COLUMNS, element % C
+
+
+@triton.jit
+def _forward(
+    x,
+    shortcut,
+    out,
+    codes,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOPE: tl.constexpr,
+    POOL: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out and codes [images, ROWS, COLUMNS, C]: the arg-max's corner, 2 column + row, and 4 where the slope applies."""
+    kind: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    image, element, exists, i, j, channel = _element(ROWS * COLUMNS * C, C, COLUMNS, BLOCK)
+    from_ = image * (H * W * C)
+    best = tl.zeros((BLOCK,), kind)
+    code = tl.zeros((BLOCK,), tl.int32)
+    found = tl.zeros((BLOCK,), tl.int1)
+    for corner in tl.static_range(4 if POOL else 1):  # row-major order decides ties
+        h, w = i, j
+        if POOL:
+            h, w = 2 * i - PADDING + corner // 2, 2 * j - PADDING + corner % 2
+        inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        at = from_ + (h * W + w) * C + channel
+        z = tl.load(x + at, mask=inside, other=0.0).to(kind) + tl.load(shortcut + at, mask=inside, other=0.0).to(kind)
+        larger = inside & ((z > best) | (z != z) | (found == 0))  # what is not a number wins, as in the framework
+        best = tl.where(larger, z, best)
+        code = tl.where(larger, 2 * (corner % 2) + corner // 2, code)
+        found |= inside
+    to = image * (ROWS * COLUMNS * C) + element
+    tl.store(codes + to, tl.where(best > 0, code, code + 4).to(tl.uint8), mask=exists)
+    tl.store(out + to, tl.where(best > 0, best, best * SLOPE).to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _backward(
+    q,
+    codes,
+    gradient,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOPE: tl.constexpr,
+    POOL: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gradient [images, H, W, C]: q of a position's window, where it was the largest of it, behind the activation."""
+    image, element, exists, h, w, channel = _element(H * W * C, C, W, BLOCK)
+    i, j = h, w
+    corner = tl.zeros((BLOCK,), tl.int32)
+    if POOL:
+        i, j = (h + PADDING) // 2, (w + PADDING) // 2
+        corner = (w + PADDING) % 2 * 2 + (h + PADDING) % 2
+    inside = exists & (i < ROWS) & (j < COLUMNS)
+    at = image * (ROWS * COLUMNS * C) + (i * COLUMNS + j) * C + channel
+    code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    value = tl.load(q + at, mask=inside & (code % 4 == corner), other=0.0)
+    value = tl.where(code >= 4, value * SLOPE, value).to(gradient.dtype.element_ty)
+    tl.store(gradient + image * (H * W * C) + element, value, mask=exists)
+
+
+@triton.jit
+def _double_backward(
+    cotangent,
+    codes,
+    out,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOPE: tl.constexpr,
+    POOL: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [images, ROWS, COLUMNS, C]: the cotangent at the largest of a window, behind the activation."""
+    image, element, exists, i, j, channel = _element(ROWS * COLUMNS * C, C, COLUMNS, BLOCK)
+    to = image * (ROWS * COLUMNS * C) + element
+    code = tl.load(codes + to, mask=exists, other=0).to(tl.int32)
+    h, w = i, j
+    if POOL:
+        h, w = 2 * i - PADDING + code % 2, 2 * j - PADDING + code // 2 % 2
+    value = tl.load(cotangent + image * (H * W * C) + (h * W + w) * C + channel, mask=exists, other=0.0)
+    value = tl.where(code >= 4, value * SLOPE, value).to(out.dtype.element_ty)
+    tl.store(out + to, value, mask=exists)
+
+
+def _launched(
+    kernel: str, images: Tensor, size: tuple[int, int], slope: float, pool: bool, padding: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and options of a pass that writes ``images``, for images of a size before pooling."""
+    tasks, count, channels, rows, columns = images.shape
+    defaults = {"BLOCK": 1024, "num_warps": 4}
+    settings = launch.settings(f"residual_end_{kernel}", defaults, elements=rows * columns * channels)
+    pooled = _pooled(size, pool, padding)
+    sizes = {"H": size[0], "W": size[1], "C": channels, "ROWS": pooled[0], "COLUMNS": pooled[1]}
+    grid = (tasks * count * launch.divide(rows * columns * channels, settings["BLOCK"]),)
+    return grid, {**sizes, "SLOPE": slope, "POOL": pool, "PADDING": padding, **settings}
+
+
+def _pooled(size: tuple[int, int], pool: bool, padding: int) -> tuple[int, int]:
+    height, width = size
+    return ((height + 2 * padding) // 2, (width + 2 * padding) // 2) if pool else size
+
+
+def _forward_of(x: Tensor, shortcut: Tensor, slope: float, pool: bool, padding: int) -> tuple[Tensor, Tensor]:
+    """(out, codes), see csrc/residual_end.h."""
+    height, width = x.shape[3:]
+    pooled = _pooled((height, width), pool, padding)
+    out = empty_images(x, x.shape[2], *pooled)
+    codes = empty_images(x, x.shape[2], *pooled, torch.uint8)
+    if out.numel():
+        grid, options = _launched("forward", out, (height, width), slope, pool, padding)
+        _forward[grid](channels_last(x), channels_last(shortcut), out, codes, **options)
+    return out, codes
+
+
+def _backward_of(
+    q: Tensor, codes: Tensor, height: int, width: int, slope: float, pool: bool, padding: int
+) -> Tensor:
+    """The gradient of x, and of shortcut."""
+    gradient = empty_images(q, q.shape[2], height, width)
+    grid, options = _launched("backward", gradient, (height, width), slope, pool, padding)
+    _backward[grid](channels_last(q), channels_last(codes), gradient, **options)
+    return gradient
+
+
+def _double_backward_of(cotangent: Tensor, codes: Tensor, slope: float, pool: bool, padding: int) -> Tensor:
+    """The gradient of q."""
+    height, width = cotangent.shape[3:]
+    out = empty_images(cotangent, *codes.shape[2:])
+    if out.numel():
+        grid, options = _launched("double_backward", out, (height, width), slope, pool, padding)
+        _double_backward[grid](channels_last(cotangent), channels_last(codes), out, **options)
+    return out
+
+
+_CHAIN = Chain(forward=_forward_of, backward=_backward_of, double_backward=_double_backward_of)

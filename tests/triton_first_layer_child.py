@@ -1,0 +1,347 @@
+"""What tests/test_first_layer_triton.py asks of the kernels that read images, on CUDA or in the interpreter.
+
+As a program (with TRITON_INTERPRET=1) it prints one JSON object: for each of ``CHECKS`` what it found, by case.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cxgrad_fast.kernels import registration, use_backend
+from cxgrad_fast.kernels.case_calls import call, like
+from cxgrad_fast.kernels.cases import CASES, Case, Inputs, inputs
+from cxgrad_fast.kernels.patch_statistics import reference as patch_definition
+from cxgrad_fast.kernels.residual_end import reference as end_definition
+
+FOLDER = "cxgrad_fast.kernels"
+first_layer = importlib.import_module(f"{FOLDER}.conv_block.first_layer")
+patch_statistics = importlib.import_module(f"{FOLDER}.patch_statistics.triton").patch_statistics
+residual_end = importlib.import_module(f"{FOLDER}.residual_end.triton").residual_end
+
+OUTPUTS = (
+    ("out", "y", "selected", "corners", "moments"),
+    ("dx", "dweight", "dscale", "dbias", "deps", "sparse"),
+    ("q", "x", "weight", "scale", "eps", "y"),
+)
+LEAVES = ("weight", "scale", "bias", "eps")
+CLEAR = 1e-4  # from ties and kinks: float32 decides as float64 does
+
+
+def small(operator: str, **conditions: bool) -> dict[str, Case]:
+    return {
+        case.name: case
+        for case in CASES
+        if case.operator == operator and not case.large
+        if all(getattr(case, name) == value for name, value in conditions.items())
+    }
+
+
+LAYERS = small("conv_block", first_layer=True)
+PATCHES = small("patch_statistics")
+ENDS = small("residual_end")
+# each combines what the table of cases has one by one: an interpreted launch takes a tenth of a second
+COMBINED = [
+    LAYERS["first_layer"],
+    replace(LAYERS["first_layer_strided"], name="odd_relu_strided", height=7, width=9, slope=0.0),
+    LAYERS["first_layer_grey"],
+    replace(LAYERS["first_layer_48"], name="48_linear_one_task", tasks=1, images=2, height=6, width=10, slope=None),
+    LAYERS["first_layer_flat"],
+    LAYERS["first_layer_smooth"],
+    replace(LAYERS["first_layer"], name="ties", content="ties"),
+    replace(LAYERS["first_layer"], name="dead_filter", content="dead"),
+    replace(LAYERS["first_layer"], name="many_small_images", layout="channels_last", height=2, width=3, images=101),
+    replace(LAYERS["first_layer"], name="five_channels", channels=5, out=65, height=5, width=4, tasks=1),
+]
+ROUNDED = [
+    replace(LAYERS["first_layer"], tasks=8),
+    replace(LAYERS["first_layer_smooth"], tasks=8),
+    replace(LAYERS["first_layer_flat"], tasks=8, eps=1e-5),
+]
+PATCH_CASES = [*PATCHES.values(), replace(PATCHES["plain"], name="ten_channels", channels=10, tasks=1, images=1)]
+
+
+class Layer:
+    """A case's arguments as the launch functions take them."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
+        self.given = inputs(case, dtype, seed=seed)
+        tensors = {name: tensor.detach().to(device) for name, tensor in self.given.tensors.items()}
+        self.case, self.slope = case, 1.0 if case.slope is None else case.slope
+        affine = [tensors[name].expand(case.tasks, case.out).contiguous() for name in ("scale", "bias")]
+        affine[0][:, 0] = 0 if case.content == "ties" else affine[0][:, 0]  # where every window ties
+        self.x = self.given.constants["x"].to(device)  # keeps its strides
+        self.leaves = (tensors["weight"], *affine, tensors["eps"])
+        self.patches = tuple(tensor.to(device) for tensor in self.given.constants["patch_statistics"])
+        self.generator = torch.Generator().manual_seed(seed + 1)
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
+
+
+# --- against the C++ operators ---
+
+
+def contract_errors(case: Case, device: str = "cpu", parts: bool = False) -> dict[str, float]:
+    """Relative float64 error of every output of the three functions, and of parts of the derivatives."""
+    ops = torch.ops.cxgrad_fast
+    b = Layer(case, torch.float64, device)
+    host = [tensor.cpu() for tensor in (b.x, *b.leaves)]
+    patches = [tensor.cpu() for tensor in b.patches]
+    found = first_layer.forward(b.x, *b.leaves, b.slope, *b.patches, precision="float32")
+    wanted = ops.conv_block(*host, b.slope, True, *patches)
+    errors = _compare("forward", OUTPUTS[0], found, wanted)
+    saved, saved_host = found[2:], wanted[1:]
+    q = b.normal(wanted[0])
+    sums = {}
+    for need in (False, True):
+        arguments = (q.to(device), b.x, *b.leaves, *saved, b.slope, *b.patches, need)
+        found = first_layer.backward(*arguments, precision="float32")
+        wanted = ops.conv_block_backward(q, None, *host, *saved_host, b.slope, True, *patches, False, need)
+        errors |= _compare(f"backward {need}", OUTPUTS[1], found, wanted)
+        sums[need] = (*wanted[2:4], wanted[5])
+    cotangents = [b.normal(tensor) for tensor in wanted[1:5]]
+    asked = [((), True, True)]
+    if parts:  # without some of the cotangents, without the gradient for the weight, without D
+        asked += [((0,), True, True), ((1, 2, 3), False, True), ((0, 1, 2), False, False), ((), True, False)]
+    for left_out, need, has_sparse in asked:
+        on = [None if index in left_out else tensor for index, tensor in enumerate(cotangents)]
+        sent = [None if tensor is None else tensor.to(device) for tensor in on]
+        there = [tensor.to(device) for tensor in sums[has_sparse]]
+        arguments = (*sent, q.to(device), b.x, *b.leaves, *saved, *there, b.slope, *b.patches, need)
+        found = first_layer.double_backward(*arguments, precision="float32")
+        wanted = ops.conv_block_double_backward(
+            None, *on, q, *host, *saved_host, *sums[has_sparse], b.slope, True, *patches, False, need
+        )
+        errors |= _compare(f"double {left_out} {need} {has_sparse}", OUTPUTS[2], found, wanted)
+    return errors
+
+
+def _compare(
+    label: str, names: tuple[str, ...], found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+) -> dict[str, float]:
+    errors = {}
+    for name, one, other in zip(names, found, wanted, strict=True):
+        same = (one.shape, one.dtype) == (other.shape, other.dtype) and (
+            not one.numel() or one.stride() == other.stride()
+        )
+        errors[f"{label} {name}"] = relative_error(one, other) if same else math.inf
+    return errors
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over that of what is wanted; absolute where that is nothing but rounding."""
+    found, wanted = found.cpu().double(), wanted.cpu().double()
+    if not wanted.numel():
+        return 0.0
+    if not (found.isfinite().all() and wanted.isfinite().all()):
+        return math.inf
+    size = float(wanted.norm())
+    return float((found - wanted).norm()) / (size if size > 1e-9 else 1.0)
+
+
+# --- against the definition ---
+
+
+def derivatives(b: Layer, q: Tensor, cotangents: list[Tensor], *, precision: str = "float32") -> dict[str, Tensor]:
+    """Output, first and second derivatives by the three functions."""
+    out, _, *saved = first_layer.forward(b.x, *b.leaves, b.slope, *b.patches, precision=precision)
+    arguments = (q, b.x, *b.leaves, *saved)
+    first = first_layer.backward(*arguments, b.slope, *b.patches, True, precision=precision)
+    sums = (first[2], first[3], first[5])
+    second = first_layer.double_backward(
+        *cotangents, *arguments, *sums, b.slope, *b.patches, True, precision=precision
+    )
+    found = {"out": out} | {f"d.{name}": gradient for name, gradient in zip(LEAVES, first[1:5], strict=True)}
+    return found | {"dd.q": second[0], "dd.weight": second[2], "dd.scale": second[3], "dd.eps": second[4]}
+
+
+def definition(b: Layer, q: Tensor, cotangents: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same by autograd through the reference, in a precision: a convolution, and the statistics of its result."""
+    leaves = [tensor.detach().cpu().to(dtype).requires_grad_() for tensor in b.leaves]
+    q = q.detach().cpu().to(dtype).requires_grad_()
+    constants = b.given.constants | {"x": b.x.cpu().to(dtype), "patch_statistics": None}
+    with use_backend("reference"):
+        (out,) = call(b.case, Inputs(dict(zip(LEAVES, leaves, strict=True)), constants))
+        first = torch.autograd.grad(out, leaves, q, create_graph=True)
+        wanted = [q, leaves[0], leaves[1], leaves[3]]
+        sent = [tensor.cpu().to(dtype) for tensor in cotangents]
+        second = torch.autograd.grad(first, wanted, sent, allow_unused=True, materialize_grads=True)
+    found = {"out": out.detach()} | {f"d.{name}": tensor.detach() for name, tensor in zip(LEAVES, first, strict=True)}
+    return found | dict(zip(("dd.q", "dd.weight", "dd.scale", "dd.eps"), second, strict=True))
+
+
+def _cotangents(b: Layer) -> tuple[Tensor, list[Tensor]]:
+    """Random ones; that of the output is zero next to ties and kinks, where precisions take different branches."""
+    leaves = dict(zip(LEAVES, (tensor.cpu().double() for tensor in b.leaves), strict=True))
+    constants = b.given.constants | {"x": b.x.cpu().double(), "patch_statistics": None, "slope": None, "pool": False}
+    with torch.no_grad(), use_backend("reference"):
+        (z,) = call(b.case, Inputs(leaves, constants))
+    two = z.unfold(3, 2, 2).unfold(4, 2, 2).flatten(5).topk(2, dim=5).values
+    gap = two[..., 0] - two[..., 1]
+    mask = (gap.minimum(two[..., 0].abs()) if b.slope != 1 else gap) > CLEAR
+    q = b.normal(mask.to(b.x.dtype)) * mask
+    return q.to(b.x.device), [b.normal(tensor) for tensor in b.leaves]
+
+
+def rounding(case: Case, device: str = "cpu", seeds: int = 1) -> dict[str, float]:
+    """Float32 error of every result over the framework's own, in the geometric mean over tasks and seeds."""
+    ratios: dict[str, list[Tensor]] = {}
+    for seed in range(seeds):
+        b = Layer(case, torch.float32, device, seed)
+        q, cotangents = _cotangents(b)
+        exact, own = (definition(b, q, cotangents, dtype) for dtype in (torch.float64, torch.float32))
+        found = derivatives(b, q, cotangents)
+        for name, wanted in exact.items():
+            one, other = (_by_task(result[name], wanted) for result in (found, own))
+            ratios.setdefault(name, []).append(one / other)
+    return {name: math.exp(float(torch.cat(found).log().mean())) for name, found in ratios.items()}
+
+
+def _by_task(found: Tensor, wanted: Tensor) -> Tensor:
+    tasks = len(wanted)
+    difference = (found.cpu().double() - wanted).reshape(tasks, -1).norm(dim=1)
+    # below half a place, being right is luck
+    return (difference / wanted.reshape(tasks, -1).norm(dim=1)).clamp_min(2**-24)
+
+
+def low_precision(dtype: torch.dtype, precision: str, device: str = "cpu") -> dict[str, float]:
+    """Relative errors of the fast products; of bfloat16 tensors, over those of the definition in bfloat16."""
+    b = Layer(replace(LAYERS["first_layer"], out=16), dtype, device)
+    q, cotangents = _cotangents(b)
+    exact = definition(b, q, cotangents, torch.float64)
+    found = derivatives(b, q, cotangents, precision=precision)
+    assert all(tensor.dtype == dtype for tensor in found.values())
+    errors = {name: relative_error(found[name], wanted) for name, wanted in exact.items()}
+    if dtype == torch.float32:
+        return errors
+    own = definition(b, q, cotangents, dtype)
+    return {name: error / relative_error(own[name], exact[name]) for name, error in errors.items()}
+
+
+# --- patch statistics, the end of a residual block ---
+
+
+def patch_errors(case: Case, device: str = "cpu") -> dict[str, float]:
+    """Errors of float64 and float32 images' statistics, and whether they are symmetric and repeat to the bit."""
+    errors = {}
+    for dtype in (torch.float64, torch.float32):
+        x = inputs(case, dtype).constants["x"]
+        found, again = (patch_statistics(x.to(device)) for _ in range(2))
+        for name, one, other, exact in zip(
+            ("mean", "covariance"), found, again, patch_definition.patch_statistics(x), strict=True
+        ):
+            same = one.shape == exact.shape and one.dtype == torch.float64 and torch.equal(one, other)
+            errors[f"{dtype} {name}"] = relative_error(one, exact) if same else math.inf
+        errors[f"{dtype} asymmetry"] = float((found[1] - found[1].mT).abs().sum())
+    return errors
+
+
+def end_errors(case: Case, device: str = "cpu") -> dict[str, float]:
+    """Largest differences from the definition, of values, first and second derivatives, by type; and of a NaN's place."""
+    errors = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        results = []
+        for function, where in ((residual_end, device), (end_definition.residual_end, "cpu")):
+            given = inputs(case, dtype)
+            leaves = [tensor.detach().to(where).requires_grad_() for tensor in given.tensors.values()]
+            generator = torch.Generator().manual_seed(1)
+            out = function(*leaves, **given.constants)
+            (q,) = (tensor.requires_grad_() for tensor in like([out], generator))
+            first = torch.autograd.grad(out, leaves, q, create_graph=True)
+            (second,) = torch.autograd.grad(first, q, like(first, generator))
+            results.append([tensor.detach().cpu().double() for tensor in (out, *first, second)])
+        if case.tasks:
+            names = ("out", "d.x", "d.shortcut", "dd.q")
+            for name, one, other in zip(names, *results, strict=True):
+                errors[f"{dtype} {name}"] = float((one - other).abs().max() if one.shape == other.shape else math.inf)
+    return errors
+
+
+def missing_numbers(device: str = "cpu") -> list[bool]:
+    """Whether a NaN wins its window, wherever it stands."""
+    x = torch.zeros(1, 1, 4, 2, 2, device=device)
+    for channel, position in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        x[0, 0, channel][position] = math.nan
+    return [bool(residual_end(x, x, slope=slope, pool=True, padding=0).isnan().all()) for slope in (0.0, 0.1)]
+
+
+# --- bits, places ---
+
+
+def different_bits(case: Case, device: str = "cpu") -> list[str]:
+    """Results whose bits change when they are computed again, or of a task without the others."""
+    b = Layer(case, torch.float32, device)
+    q, cotangents = _cotangents(b)
+    found, again = (derivatives(b, q, cotangents) for _ in range(2))
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, again[name])]
+    b.x, b.leaves = b.x[-1:], tuple(tensor[-1:] for tensor in b.leaves)
+    b.patches = tuple(tensor[-1:] for tensor in b.patches)
+    alone = derivatives(b, q[-1:], [tensor[-1:] for tensor in cotangents])
+    return changed + [f"{name} alone" for name, tensor in found.items() if not torch.equal(tensor[-1:], alone[name])]
+
+
+def beyond_int32() -> dict[str, float]:
+    """Errors of sums over values that lie more than 2^31 behind the first: two tasks, the second one's start."""
+    torch.use_deterministic_algorithms(False)  # nothing but the ends is touched
+    channels, some, count = 16, 16, (1 << 27) + 64
+    generator = torch.Generator().manual_seed(0)
+
+    def far(dtype: torch.dtype, values: Tensor) -> Tensor:
+        memory = torch.empty((count + some) * channels, dtype=dtype)
+        memory[-some * channels :] = values.flatten().to(dtype)
+        memory[: some * channels] = 1
+        return memory
+
+    dz, unit = (torch.randn(some, channels, generator=generator).bfloat16() for _ in range(2))
+    q, selected, corners = far(dz.dtype, dz), far(unit.dtype, unit), far(torch.uint8, torch.zeros(some, channels))
+    start = (1 << 31) + 77
+    x = torch.empty(start + 4, dtype=torch.bfloat16)
+    x[:4], x[start:] = 1, torch.randn(4, generator=generator)
+    sums, sparse = torch.zeros(2, 1, 2, channels).double(), torch.zeros(2, 1, channels, 16)
+    sizes = {"H": 2, "W": 2, "CIN": 1, "COUT": channels, "KP": 16, "SLOPE": 0.5, "PRODUCTS": "bfloat16"}
+    strides = {"CHANNEL_STRIDE": 4, "ROW_STRIDE": 2, "COLUMN_STRIDE": 1}
+    first_layer._reduce[(1, 1, 2)](
+        q, x, selected, corners, sums, sparse, count, some, start, 0, **strides, **sizes, BLOCK_P=16, BLOCK_C=16
+    )
+    torch.use_deterministic_algorithms(True)
+    dz, unit = dz.double(), unit.double()
+    patch = torch.zeros(9).double()
+    patch[[4, 5, 7, 8]] = x[start:].double()
+    wanted = {"dbias": dz.sum(0), "dscale": (dz * unit).sum(0), "sparse": dz.sum(0)[:, None] * patch}
+    found = {"dbias": sums[1, 0, 0], "dscale": sums[1, 0, 1], "sparse": sparse[1, 0, :, :9]}
+    return {name: relative_error(found[name], exact) for name, exact in wanted.items()}
+
+
+CHECKS: dict[str, Any] = {
+    "contract": lambda: {case.name: contract_errors(case, parts=case.name == "first_layer") for case in COMBINED},
+    "rounding": lambda: {case.name: rounding(case) for case in ROUNDED},
+    "low": lambda: {
+        "tf32": low_precision(torch.float32, "tf32"),
+        "bfloat16": low_precision(torch.float32, "bfloat16"),
+        "tensors": low_precision(torch.bfloat16, "float32"),
+    },
+    "patches": lambda: {case.name: patch_errors(case) for case in PATCH_CASES},
+    "ends": lambda: {case.name: end_errors(case) for case in ENDS.values()},
+    "missing": missing_numbers,
+    "bits": lambda: different_bits(replace(LAYERS["first_layer"], height=11, width=9, images=4)),
+    "far": beyond_int32,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # and with it, fresh memory is NaN
+    registration.load()
+    print(json.dumps({name: check() for name, check in CHECKS.items() if name in sys.argv[1:] or not sys.argv[1:]}))
+
+
+if __name__ == "__main__":
+    main()
