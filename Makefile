@@ -32,8 +32,9 @@ setup: .venv/installed
 train: setup
 	$(BIN)/python -m cxgrad_fast.train $(ARGS)
 
+# a process a core, each with one thread: two threads each would wait for each other
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # The runtimes come first in the process, which python itself was not built with; what it leaks is not ours to find.
 SANITIZE := CXGRAD_SANITIZE=address,undefined

@@ -91,7 +91,7 @@ class Learner:
         parameters = list(self.meta_parameters.values())
         with use_backend(self.config.run.backend):
             out, gradients = self._gradients(parameters, self._checked(episodes))
-        finite = torch.stack([out.loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
+        finite = torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
         if not finite:
             what = "gradient" if out.loss.isfinite() else "loss"
             raise NonFiniteLossError(f"the {what} of this meta-step is not finite")

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -165,13 +166,16 @@ def _why_not_triton() -> str:
         return "triton is not installed (Linux: pip install triton; torch for CUDA brings it)"
     if interpreting():
         return ""
+    needed = "a CUDA device of compute capability 8.0 (Ampere) or newer"
     if torch.version.cuda is None:
-        return "torch is built without CUDA"
+        return f"needs {needed}, and torch is built without CUDA"
     if not torch.cuda.is_available():
-        return f"torch is built for CUDA {torch.version.cuda} and finds no driver or no device"
+        return f"needs {needed}; torch, built for CUDA {torch.version.cuda}, finds no driver or no device"
     major, minor = torch.cuda.get_device_capability()
     if major < _LEAST_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, needed is 8.0 (Ampere) or newer"
+        return f"needs {needed}; {torch.cuda.get_device_name()} has {major}.{minor}"
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "triton compiles its launchers with a C compiler, and there is neither gcc nor clang (CC names another)"
     return ""
 
 

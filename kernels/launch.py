@@ -1,4 +1,4 @@
-"""Launch settings of the Triton kernels: what their defaults say, unless a table knows better for this device and shape.
+"""Launch settings of the Triton kernels: their defaults, unless a table knows better for this device and shape.
 
 A table is a JSON file of one architecture, one line an entry::
 
@@ -157,7 +157,8 @@ def on_architecture(name: str) -> Iterator[None]:
 @contextmanager
 def recording() -> Iterator[list[Question]]:
     """The questions that are asked in this block."""
-    token = _asked.set(asked := [])
+    asked: list[Question] = []
+    token = _asked.set(asked)
     try:
         yield asked
     finally:
@@ -237,7 +238,7 @@ def _entry(file: Path, key: str, fields: Any) -> Entry:
     numbers = {name: value for name, value in fields.items() if name != SOURCE}
     for name, value in numbers.items():
         if type(value) is not int or value < 1:
-            raise InputError(f"launch settings '{file}': {name} of '{key}' must be a positive whole number, got {value}")
+            raise InputError(f"launch settings '{file}': {name} of '{key}' must be a whole number above 0, got {value}")
     return Entry(" ".join([kernel, *sorted(shape)]), numbers, fields[SOURCE], file)
 
 
@@ -288,7 +289,9 @@ def tunable(
     candidates: Callable[[Settings, Shape], Iterable[Settings]],
     examples: Sequence[Mapping[str, Any]],
 ) -> Callable[[Callable[..., Callable[[], Any]]], Callable[..., Callable[[], Any]]]:
-    """Declare a kernel a :class:`Tunable`, over the function that makes an example of it::
+    """Declare a kernel a :class:`Tunable`, over the function that makes an example of it.
+
+    ::
 
         @launch.tunable("double", candidates=lambda defaults, shape: [{"BLOCK": 256}], examples=[{"count": 9}])
         def _example(count):

@@ -105,7 +105,7 @@ def _tune(kernel: str | None, out: Path | None) -> None:
 
 
 def _architecture() -> str:
-    if reason := backends.availability()["triton"]:
+    if reason := backends._why_not("triton"):
         raise InputError(f"measuring needs a CUDA device: {reason}")
     architecture = launch.architecture()
     if architecture is None:

@@ -154,7 +154,7 @@ SHAPES: dict[str, Shape] = {
     "conv4-48": (2, 25, 3, 48, 84),
     "conv4-64": (2, 25, 3, 64, 84),
     "glyphs-32": (10, 5, 3, 32, 28),
-    "grey-64": (10, 5, 1, 64, 28),
+    "grey-16": (10, 5, 1, 16, 28),
 }
 PASSES = ("_forward", "_reduce", "_second")
 
@@ -211,7 +211,11 @@ def check(launch: machine_code.Launch) -> None:
         (True, True, [["_moments", "_forward"], ["_reduce", "_finish"], ["_coefficients", "_second"]]),
         (False, False, [["_moments", "_forward"], ["_reduce", "_finish"], ["_coefficients", "_second"]]),
         # a context pass had no D: it is made when the outer pass wants it
-        (False, True, [["_moments", "_forward"], ["_reduce", "_finish"], ["_reduce", "_finish", "_coefficients", "_second"]]),
+        (
+            False,
+            True,
+            [["_moments", "_forward"], ["_reduce", "_finish"], ["_reduce", "_finish", "_coefficients", "_second"]],
+        ),
     ],
 )
 def test_two_launches_a_derivative(need_weight: bool, on_weight: bool, names: list[list[str]]) -> None:
@@ -240,8 +244,7 @@ def test_machine_code_of_the_whole_layer(architecture: str) -> None:
     [
         ("conv4-64", "sm_90", "float32"),
         ("glyphs-32", "sm_90", "float32"),
-        ("grey-64", "sm_80", "float32"),
-        ("conv4-48", "sm_90", "tf32"),
+        ("glyphs-32", "sm_90", "tf32"),
         ("conv4-48", "sm_90", "bfloat16"),
     ],
 )
@@ -254,10 +257,10 @@ def test_machine_code_of_the_passes(name: str, architecture: str, precision: str
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_machine_code_of_other_types(dtype: torch.dtype) -> None:
-    """float64 is for gradient checks on the device."""
-    for launches in launches_of(SHAPES["grey-64"], "sm_90", dtype).values():
+    """float64 is for gradient checks on the device; the compiler has no way from bytes or bfloat16 to its products."""
+    for launches in launches_of(SHAPES["grey-16"], "sm_90", dtype).values():
         for launch in launches:
-            assert launch.compile().programs_per_sm, launch.name
+            check(launch)
 
 
 def test_machine_code_of_patch_statistics() -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ from cxgrad_fast.kernels import backends
 
 def test_the_command_starts_neither_cuda_nor_triton() -> None:
     check = (
-        "import sys; from cxgrad_fast import info; code = info.main([]); import torch; "
-        "sys.exit(code or 'triton' in sys.modules or torch.cuda.is_initialized())"
+        "import sys; from cxgrad_fast import info; code = info.main([]); import torch\n"
+        "started = torch.cuda.is_initialized() and not torch.cuda.is_available()\n"  # a device's name costs a start
+        "sys.exit(code or 'triton' in sys.modules or started)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -55,6 +57,34 @@ def test_why_there_is_no_cuda(monkeypatch, version: str | None, is_available: bo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     assert info.cuda_state() == said
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "compiler", "said"),
+    [
+        (None, None, "gcc", "needs a CUDA device of .* 8.0 .* or newer, and torch is built without CUDA"),
+        ("13.0", None, "gcc", "needs a CUDA device .*; torch, built for CUDA 13.0, finds no driver or no device"),
+        ("13.0", (7, 5), "gcc", "needs a CUDA device .* newer; T4 has 7.5"),
+        ("13.0", (9, 0), "gcc", ""),
+        ("13.0", (9, 0), None, "triton compiles its launchers with a C compiler, and there is neither .*"),
+    ],
+)
+def test_why_there_is_no_triton(
+    monkeypatch, version: str | None, capability: tuple[int, int] | None, compiler: str | None, said: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(backends.shutil, "which", lambda name: compiler)
+    why = backends._why_not_triton.__wrapped__  # without what it remembers
+    assert re.fullmatch(said, why())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why() == ""
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert why().startswith("triton is not installed")
 
 
 def test_settings_are_refused(capsys) -> None:

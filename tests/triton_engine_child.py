@@ -1,6 +1,6 @@
 """A tiny CxGrad in meta-training on Triton's interpreter and on the definitions: JSON of the losses of both.
 
-Run by tests/test_triton_engine.py, in a process of its own: kernels are made for the interpreter when they are imported.
+Run by tests/test_triton_engine.py, in a process of its own: kernels are made for the interpreter at their import.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def different_bits(case: Case, device: str = "cpu") -> list[str]:
             first = torch.autograd.grad(outputs, leaves, [output.detach() for output in outputs], create_graph=True)
             second = torch.autograd.grad(first, leaves, [tensor.detach() for tensor in leaves])
             runs.append([*outputs, *first, *second])
-    changed = [f"{place} again" for place, (one, other) in enumerate(zip(*runs[:2], strict=True)) if one.ne(other).any()]
-    rows = zip(*runs[::2], strict=True)
+    again, rows = zip(*runs[:2], strict=True), zip(*runs[::2], strict=True)
+    changed = [f"{place} again" for place, (one, other) in enumerate(again) if one.ne(other).any()]
     return changed + [f"{place} alone" for place, (one, other) in enumerate(rows) if one[-1:].ne(other).any()]
 
 

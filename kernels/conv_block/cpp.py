@@ -24,20 +24,6 @@ def _fake_activation(y: Tensor, *_: Any) -> Tensor:
     return _images(y, *y.shape[2:])
 
 
-_chain = Chain(
-    forward=launcher("conv_block"),
-    backward=launcher("conv_block_backward"),
-    double_backward=launcher("conv_block_double_backward"),
-    convolution=launcher("conv_block_convolution", fake=_fake_convolution),
-    activation=launcher("conv_block_activation", fake=_fake_activation),
-    # looked up late: they are declared below, and call the chain themselves
-    call=lambda *arguments: conv_block(*arguments),
-    call_backward=lambda *arguments: conv_block_backward(*arguments),
-    call_double_backward=lambda *arguments: conv_block_double_backward(*arguments),
-)
-block = _chain.block
-
-
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -160,3 +146,16 @@ def conv_block_double_backward(
     arguments = (q, x, weight, scale, bias, eps, y, selected, corners, moments, dscale, dbias, sparse)
     options = (slope, pool, patch_mean, patch_covariance, need_x, need_weight)
     return _chain.apply_double_backward(*cotangents, *arguments, *options)
+
+
+_chain = Chain(
+    forward=launcher("conv_block"),
+    backward=launcher("conv_block_backward"),
+    double_backward=launcher("conv_block_double_backward"),
+    convolution=launcher("conv_block_convolution", fake=_fake_convolution),
+    activation=launcher("conv_block_activation", fake=_fake_activation),
+    call=conv_block,
+    call_backward=conv_block_backward,
+    call_double_backward=conv_block_double_backward,
+)
+block = _chain.block

@@ -183,9 +183,9 @@ def _product(a, a_rest, b, b_rest, PRODUCTS: tl.constexpr):
         total = tl.dot(a_rest, b, input_precision="tf32")
         total = tl.dot(a, b_rest, total, input_precision="tf32")
         return tl.dot(a, b, total, input_precision="tf32")
-    elif PRODUCTS == "tf32":
+    if PRODUCTS == "tf32":
         return tl.dot(a, b, input_precision="tf32")
-    elif PRODUCTS == "bfloat16":
+    if PRODUCTS == "bfloat16":
         return tl.dot(a, b, input_precision="ieee")
     return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
 
@@ -375,7 +375,7 @@ def _reduce(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """sums [T, parts, 2, COUT] of dz and dz unit over parts of `span` windows; sparse [T, parts, COUT, KP] of dz patch."""
+    """Sums [T, parts, 2, COUT] of dz and dz unit, and sparse [T, parts, COUT, KP] of dz patch; a part: span windows."""
     accumulate: tl.constexpr = tl.float64 if PRODUCTS == "ieee" else tl.float32
     task, part = tl.program_id(2).to(tl.int64), tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -388,6 +388,7 @@ def _reduce(
         at = ((task * count + position) * COUT)[:, None] + channel[None, :]
         exists = inside[:, None] & (channel < COUT)[None, :]
         dz = tl.load(q + at, mask=exists, other=0.0).to(accumulate)
+        # 4 bytes a thread: 16 would have a thread hold 16 channels, and the sums cross its warp for each of them
         code = tl.load(corners + tl.max_contiguous(at, (1, 4)), mask=exists, other=0).to(tl.int32)
         if SLOPE != 1.0:
             dz = tl.where(code >= 4, dz * SLOPE, dz)
@@ -858,10 +859,10 @@ def double_backward(
     if count:
         how = products(x.dtype, precision)
         settings = _settings("first_layer_second", how, count, inputs, outputs)
-        saved = (channels_last(selected), channels_last(corners))
+        chosen = (channels_last(selected), channels_last(corners))
         grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
         layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-        _second[grid](x, on_weight, *saved, table, q_gradient, count, *x.stride()[:2], **layer, **settings)
+        _second[grid](x, on_weight, *chosen, table, q_gradient, count, *x.stride()[:2], **layer, **settings)
     if weight_gradient is None:
         weight_gradient = x.new_empty(0)
     return q_gradient, x.new_empty(0), weight_gradient, scale_gradient, eps_gradient, x.new_empty(0)

@@ -10,15 +10,6 @@ from torch import Tensor
 from cxgrad_fast.kernels.normalize_weights.chain import Chain
 from cxgrad_fast.kernels.registration import launcher, operator
 
-_chain = Chain(
-    forward=launcher("normalize_weights"),
-    backward=launcher("normalize_weights_backward"),
-    double_backward=launcher("normalize_weights_double_backward"),
-    # looked up late: they are declared below, and call the chain themselves
-    call_backward=lambda *arguments: normalize_weights_backward(*arguments),
-    call_double_backward=lambda *arguments: normalize_weights_double_backward(*arguments),
-)
-
 
 def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
@@ -47,3 +38,12 @@ def normalize_weights_double_backward(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Cotangents ``a`` of those gradients -> gradients of weights, v and n."""
     return _chain.apply_double_backward(weights, v, n, a)
+
+
+_chain = Chain(
+    forward=launcher("normalize_weights"),
+    backward=launcher("normalize_weights_backward"),
+    double_backward=launcher("normalize_weights_double_backward"),
+    call_backward=normalize_weights_backward,
+    call_double_backward=normalize_weights_double_backward,
+)

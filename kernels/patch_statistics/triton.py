@@ -148,11 +148,11 @@ def _merge(
     entry = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k, other = entry // length, entry % length
     exists = k < length
-    n = count.to(tl.float64)
+    share = 1.0 / count.to(tl.float64)
     low, high = tl.minimum(k, other), tl.maximum(k, other)  # the two halves are the same to the bit
-    products = _merged(partials, task, parts, low * size + high, exists, size * size, BLOCK_B) / n
-    excess = _merged(partials, task, parts, k * size + length, exists, size * size, BLOCK_B) / n
-    other_excess = _merged(partials, task, parts, other * size + length, exists, size * size, BLOCK_B) / n
+    products = _merged(partials, task, parts, low * size + high, exists, size * size, BLOCK_B) * share
+    excess = _merged(partials, task, parts, k * size + length, exists, size * size, BLOCK_B) * share
+    other_excess = _merged(partials, task, parts, other * size + length, exists, size * size, BLOCK_B) * share
     tl.store(covariance + task * (length * length) + entry, products - excess * other_excess, mask=exists)
     means = tl.load(shift + task * C + k // 9, mask=exists, other=0.0)
     tl.store(mean + task * length + k, means + excess, mask=exists & (other == 0))

@@ -10,17 +10,6 @@ from torch import Tensor
 from cxgrad_fast.kernels.registration import launcher, operator
 from cxgrad_fast.kernels.residual_end.chain import Chain
 
-_chain = Chain(
-    forward=launcher("residual_end"),
-    backward=launcher("residual_end_backward"),
-    double_backward=launcher("residual_end_double_backward"),
-    # looked up late: they are declared below, and call the chain themselves
-    call=lambda *arguments: residual_end(*arguments),
-    call_backward=lambda *arguments: residual_end_backward(*arguments),
-    call_double_backward=lambda *arguments: residual_end_double_backward(*arguments),
-)
-end = _chain.end
-
 
 def _images(like: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """Images of ``like``'s tasks and channels, channels last."""
@@ -63,3 +52,14 @@ def residual_end_backward(
 def residual_end_double_backward(cotangent: Tensor, codes: Tensor, slope: float, pool: bool, padding: int) -> Tensor:
     """Cotangent of that gradient -> the gradient of ``q``."""
     return _chain.apply_double_backward(cotangent, codes, slope, pool, padding)
+
+
+_chain = Chain(
+    forward=launcher("residual_end"),
+    backward=launcher("residual_end_backward"),
+    double_backward=launcher("residual_end_double_backward"),
+    call=residual_end,
+    call_backward=residual_end_backward,
+    call_double_backward=residual_end_double_backward,
+)
+end = _chain.end

@@ -36,6 +36,12 @@ def _element(size, C: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     return image, element, element < size, position // COLUMNS, position % COLUMNS, element % C
 
 
+@triton.constexpr_function
+def _wide(kind):
+    """What numbers of a type are computed in."""
+    return tl.float64 if kind == tl.float64 else tl.float32
+
+
 @triton.jit
 def _forward(
     x,
@@ -53,7 +59,7 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     """out and codes [images, ROWS, COLUMNS, C]: the arg-max's corner, 2 column + row, and 4 where the slope applies."""
-    kind: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    kind: tl.constexpr = _wide(x.dtype.element_ty)
     image, element, exists, i, j, channel = _element(ROWS * COLUMNS * C, C, COLUMNS, BLOCK)
     from_ = image * (H * W * C)
     best = tl.zeros((BLOCK,), kind)
@@ -90,7 +96,7 @@ def _backward(
     PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """gradient [images, H, W, C]: q of a position's window, where it was the largest of it, behind the activation."""
+    """gradient [images, H, W, C]: q times the activation's derivative, where its window was largest."""
     image, element, exists, h, w, channel = _element(H * W * C, C, W, BLOCK)
     i, j = h, w
     corner = tl.zeros((BLOCK,), tl.int32)
@@ -100,9 +106,10 @@ def _backward(
     inside = exists & (i < ROWS) & (j < COLUMNS)
     at = image * (ROWS * COLUMNS * C) + (i * COLUMNS + j) * C + channel
     code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    value = tl.load(q + at, mask=inside & (code % 4 == corner), other=0.0)
-    value = tl.where(code >= 4, value * SLOPE, value).to(gradient.dtype.element_ty)
-    tl.store(gradient + image * (H * W * C) + element, value, mask=exists)
+    value = tl.load(q + at, mask=inside, other=0.0).to(_wide(q.dtype.element_ty))
+    value = tl.where(code >= 4, value * SLOPE, value)
+    value = tl.where(inside & (code % 4 == corner), value, 0.0)
+    tl.store(gradient + image * (H * W * C) + element, value.to(gradient.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -120,16 +127,21 @@ def _double_backward(
     PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [images, ROWS, COLUMNS, C]: the cotangent at the largest of a window, behind the activation."""
+    """out [images, ROWS, COLUMNS, C]: the cotangent at the largest of a window, times the activation's derivative."""
     image, element, exists, i, j, channel = _element(ROWS * COLUMNS * C, C, COLUMNS, BLOCK)
     to = image * (ROWS * COLUMNS * C) + element
     code = tl.load(codes + to, mask=exists, other=0).to(tl.int32)
-    h, w = i, j
-    if POOL:
-        h, w = 2 * i - PADDING + code % 2, 2 * j - PADDING + code // 2 % 2
-    value = tl.load(cotangent + image * (H * W * C) + (h * W + w) * C + channel, mask=exists, other=0.0)
-    value = tl.where(code >= 4, value * SLOPE, value).to(out.dtype.element_ty)
-    tl.store(out + to, value, mask=exists)
+    value = tl.zeros((BLOCK,), _wide(out.dtype.element_ty))
+    for corner in tl.static_range(4 if POOL else 1):  # all of a window lies in memory that is read anyway
+        h, w = i, j
+        if POOL:
+            h, w = 2 * i - PADDING + corner // 2, 2 * j - PADDING + corner % 2
+        inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        at = image * (H * W * C) + (h * W + w) * C + channel
+        other = tl.load(cotangent + at, mask=inside, other=0.0).to(value.dtype)
+        value = tl.where(code % 4 == 2 * (corner % 2) + corner // 2, other, value)
+    value = tl.where(code >= 4, value * SLOPE, value)
+    tl.store(out + to, value.to(out.dtype.element_ty), mask=exists)
 
 
 def _launched(
@@ -162,9 +174,7 @@ def _forward_of(x: Tensor, shortcut: Tensor, slope: float, pool: bool, padding: 
     return out, codes
 
 
-def _backward_of(
-    q: Tensor, codes: Tensor, height: int, width: int, slope: float, pool: bool, padding: int
-) -> Tensor:
+def _backward_of(q: Tensor, codes: Tensor, height: int, width: int, slope: float, pool: bool, padding: int) -> Tensor:
     """The gradient of x, and of shortcut."""
     gradient = empty_images(q, q.shape[2], height, width)
     grid, options = _launched("backward", gradient, (height, width), slope, pool, padding)

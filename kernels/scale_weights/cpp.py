@@ -10,15 +10,6 @@ from torch import Tensor
 from cxgrad_fast.kernels.registration import launcher, operator
 from cxgrad_fast.kernels.scale_weights.chain import Chain
 
-_chain = Chain(
-    forward=launcher("scale_weights"),
-    backward=launcher("scale_weights_backward"),
-    double_backward=launcher("scale_weights_double_backward"),
-    # looked up late: they are declared below, and call the chain themselves
-    call_backward=lambda *arguments: scale_weights_backward(*arguments),
-    call_double_backward=lambda *arguments: scale_weights_double_backward(*arguments),
-)
-
 
 def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
@@ -44,3 +35,12 @@ def scale_weights_double_backward(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Cotangents ``a`` and ``c`` of those gradients -> gradients of weights, gammas and v."""
     return _chain.apply_double_backward(weights, gammas, v, a, c)
+
+
+_chain = Chain(
+    forward=launcher("scale_weights"),
+    backward=launcher("scale_weights_backward"),
+    double_backward=launcher("scale_weights_double_backward"),
+    call_backward=scale_weights_backward,
+    call_double_backward=scale_weights_double_backward,
+)

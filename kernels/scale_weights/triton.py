@@ -243,7 +243,8 @@ def _combine(
             if ORDER > 1:
                 number = t if NORMALIZE else (q - s * t) / norm
             if numbers is not None:
-                tl.store(numbers + use * columns + layer, number.to(precision).to(numbers.dtype.element_ty), mask=block == 0)
+                to_number = numbers + use * columns + layer
+                tl.store(to_number, number.to(precision).to(numbers.dtype.element_ty), mask=block == 0)
             if ORDER == 0:
                 of_w += h
             else:
@@ -392,10 +393,8 @@ def _example(shapes: Sequence[tuple[int, ...]], tasks: int, order: int) -> Calla
         return [torch.randn((tasks, *shape), device="cuda", generator=generator) for shape in shapes]
 
     weights, gammas = rows(0), torch.rand(tasks, len(shapes), device="cuda")
-    lists = {"v": rows(1)} if order else {}
-    if order == 2:
-        lists["a"] = rows(2)
-    return lambda: combine(weights, tasks, factors=gammas, c=gammas if order == 2 else None, **lists)
+    v, a = rows(1) if order else [], rows(2) if order == 2 else []
+    return lambda: combine(weights, tasks, factors=gammas, v=v, a=a, c=gammas if a else None)
 
 
 # --- the operator ---
