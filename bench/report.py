@@ -1,10 +1,11 @@
-"""The README's speed table and the plots of docs/bench/, from everything in bench/results/.
+"""The README's speed table, docs/bench/README.md and the plots beside it, from everything in bench/results/.
 
     python bench/report.py [--results DIR] [--readme FILE] [--plots DIR]
 
 Reads the results of ``bench/episodes.py`` and ``bench/gpu_table.py``; trials (``--quick``) and files of other commands
-are passed over. Of one side in one case on one machine the newest figure counts. The table goes between the markers
-``<!-- bench:start -->`` and ``<!-- bench:end -->``; a README without them is left alone, and the table is printed.
+are passed over. Of one side in one case on one machine the newest figure counts. The table, a row a case, goes between
+the markers ``<!-- bench:start -->`` and ``<!-- bench:end -->``; a README without them is left alone, and the table is
+printed. The page in docs/bench/ has a row for every side.
 """
 
 from __future__ import annotations
@@ -123,28 +124,71 @@ def _figure(
     )
 
 
-def markdown(figures: Sequence[Figure]) -> str:
-    """A table for every machine: a row for every side of every case."""
+def summary(figures: Sequence[Figure]) -> str:
+    """A table for every machine: a row for every case that was measured, ours beside the loop and the best other."""
     lines = []
-    for hardware in dict.fromkeys(figure.hardware for figure in figures):
-        mine = [figure for figure in figures if figure.hardware == hardware]
-        commits = ", ".join(dict.fromkeys(_short(figure.commit) for figure in mine))
-        latest = max(figure.date for figure in mine)[:10]
-        lines += [f"**{hardware}** ({latest}, commit {commits}); median (20-80 % quantiles)", ""]
-        lines += ["| case | side | episodes/s | x loop | of limit | peak MB |", "|---|---|---|---|---|---|"]
-        for case in dict.fromkeys(figure.case for figure in mine):
-            lines += [_line(figure) for figure in mine if figure.case == case]
+    for hardware, cases in _by_case(figures).items():
+        lines += [_heading(hardware, [figure for sides in cases.values() for figure in sides]), ""]
+        lines += ["| case | ours, episodes/s | x loop | of limit | peak MB, ours / loop | best other program |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [_summary_line(case, sides) for case, sides in cases.items() if any(side.rate for side in sides)]
         lines.append("")
     return "\n".join(lines)
+
+
+def details(figures: Sequence[Figure]) -> str:
+    """A table for every machine: a row for every side of every case."""
+    lines = []
+    for hardware, cases in _by_case(figures).items():
+        lines += [_heading(hardware, [figure for sides in cases.values() for figure in sides]), ""]
+        lines += ["| case | side | episodes/s | x loop | of limit | peak MB |", "|---|---|---|---|---|---|"]
+        lines += [_line(figure) for sides in cases.values() for figure in sides]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _by_case(figures: Sequence[Figure]) -> dict[str, dict[str, list[Figure]]]:
+    """Hardware -> case -> its sides."""
+    found: dict[str, dict[str, list[Figure]]] = {}
+    for figure in figures:
+        found.setdefault(figure.hardware, {}).setdefault(figure.case, []).append(figure)
+    return found
+
+
+def _heading(hardware: str, figures: Sequence[Figure]) -> str:
+    commits = ", ".join(dict.fromkeys(_short(figure.commit) for figure in figures))
+    latest = max(figure.date for figure in figures)[:10]
+    return f"**{hardware}** ({latest}, commit {commits}); median (20-80 % quantiles)"
+
+
+def _summary_line(case: str, sides: Sequence[Figure]) -> str:
+    rates = {figure.side: figure.rate["median"] for figure in sides if figure.rate}
+    by_name = {figure.side: figure for figure in sides}
+    ours = max((name for name in rates if name.startswith("ours")), key=rates.__getitem__, default=None)
+    others = [name for name in rates if name != "loop" and not name.startswith("ours")]
+    best = max(others, key=rates.__getitem__, default=None)
+    cells = [case, "-", "-", "-", "-", f"{best}: {rates[best]:.3g}" if best else "-"]
+    if ours:
+        figure = by_name[ours]
+        label = "" if ours == "ours" else f" {ours.removeprefix('ours-')}"
+        cells[1:4] = [_spread(figure.rate) + label, _spread(figure.gain), _percent(figure.share)]
+        cells[4] = f"{_megabytes(figure)} / {_megabytes(by_name['loop']) if 'loop' in by_name else '-'}"
+    return f"| {' | '.join(cells)} |"
 
 
 def _line(figure: Figure) -> str:
     if not figure.rate:
         return f"| {figure.case} | {figure.side} | {figure.reason} | - | - | - |"
-    share = "-" if figure.share is None else f"{100 * figure.share:.1f} %"
-    peak = "-" if figure.peak_bytes is None else f"{figure.peak_bytes / 1e6:.0f}"
-    cells = [figure.case, figure.side, _spread(figure.rate), _spread(figure.gain), share, peak]
-    return f"| {' | '.join(cells)} |"
+    cells = [figure.case, figure.side, _spread(figure.rate), _spread(figure.gain)]
+    return f"| {' | '.join([*cells, _percent(figure.share), _megabytes(figure)])} |"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _megabytes(figure: Figure) -> str:
+    return "-" if figure.peak_bytes is None else f"{figure.peak_bytes / 1e6:.0f}"
 
 
 def _spread(timing: Mapping[str, Any] | None) -> str:
@@ -242,13 +286,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = read_figures(options.results)
     if not figures:
         raise InputError(f"no results of bench/episodes.py in '{options.results}': run make bench first")
-    table = markdown(figures)
+    table = summary(figures)
     if update_readme(options.readme, table):
-        print(f"{options.readme}: table of {len(figures)} rows")
+        print(f"{options.readme}: table of {len({(figure.hardware, figure.case) for figure in figures})} cases")
     else:
         print(f"{table}\n('{options.readme}' has no markers {START} {END}: left as it is)")
-    for path in draw(figures, options.plots):
-        print(path)
+    plots = draw(figures, options.plots)
+    page = options.plots / "README.md"
+    images = "\n".join(f"![{path.stem}]({path.name})" for path in plots)
+    text = f"# Episodes per second, every side\n\nMade by `make bench-report`.\n\n{details(figures)}\n{images}\n"
+    write_atomic(page, text.encode())
+    print(*plots, page, sep="\n")
     return 0
 
 

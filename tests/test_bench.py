@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,18 +330,34 @@ def test_report_renders_results(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| 3 (2.7-3.3) | 2 (1.8-2.2) | 50.0 % | 2 |" in text
-    assert "| 2 (1.8-2.2) | 2 (1.8-2.2) | 50.0 % | 2 |" in text
-    assert "| jax-map | not installed |" in text
+    assert "| 3 (2.7-3.3) cpp | 2 (1.8-2.2) | 50.0 % | 2 / - | - |" in text
+    assert "| 2 (1.8-2.2) cpp | 2 (1.8-2.2) | 50.0 % | 2 / - | - |" in text
     assert "01234567-dirty" in text
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert plots == {"episodes-0.png", "limit-0.png", "scaling-meta_batch-0.png"}
+    assert plots == {"episodes-0.png", "limit-0.png", "scaling-meta_batch-0.png", "README.md"}
+    page = (tmp_path / "plots" / "README.md").read_text()
+    assert "| ours-cpp | 3 (2.7-3.3) | 2 (1.8-2.2) | 50.0 % | 2 |" in page
+    assert "| jax-map | not installed | - | - | - |" in page
+    assert "![scaling-meta_batch-0](scaling-meta_batch-0.png)" in page
     assert report.main(words) == 0
     assert readme.read_text() == text  # again, the same
     readme.write_text("no markers")
     assert report.main(words) == 0
     assert readme.read_text() == "no markers"
     assert "no markers" in capsys.readouterr().out
+
+
+def test_a_case_shows_the_best_of_ours_and_of_other_programs(tmp_path: Path) -> None:
+    made_up(tmp_path, "2026-01-01T000000", 1.0, tasks=(1,))
+    (cpp, _) = report.read_figures(tmp_path)
+
+    def side(name: str, rate: float) -> report.Figure:
+        return replace(cpp, side=name, rate={"median": rate, "p20": rate, "p80": rate}, peak_bytes=int(rate * 1e6))
+
+    figures = [side("ours-reference", 5), side("ours-cpp", 7), side("loop", 4), side("higher", 1), side("jax-map", 2)]
+    row = report.summary(figures).splitlines()[-1]
+    assert row.endswith(" | 7 (7-7) cpp | 2 (1.8-2.2) | 50.0 % | 7 / 4 | jax-map: 2 |")
+    assert report.summary(figures[3:]).splitlines()[-1].endswith(" | - | - | - | - | jax-map: 2 |")
 
 
 def test_scaling_joins_what_differs_in_one_setting_only(tmp_path: Path) -> None:
