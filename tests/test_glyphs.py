@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -35,10 +34,10 @@ def cache(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pools(session_cache: Path) -> Iterator[dict[str, ImagePool]]:
+def pools(session_cache: Path) -> dict[str, ImagePool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXGRAD_CACHE", str(session_cache))
-        yield {split: open_pool(preset("glyphs-5w1s"), split) for split in SPLITS}
+        return {split: open_pool(preset("glyphs-5w1s"), split) for split in SPLITS}
 
 
 @pytest.fixture(scope="session")
