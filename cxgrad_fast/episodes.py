@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Episodes:
         support_y: ``[T, N*K]`` integer labels in ``[0, N)``.
         query_x: ``[T, N*Q, C, H, W]``.
         query_y: ``[T, N*Q]``.
+        ways: labels known to be below this, so that nobody has to read them; 0: nothing is known.
 
     The sets may have any number of images a class; only the tensors' shapes must agree.
 
@@ -40,6 +41,7 @@ class Episodes:
     support_y: Tensor
     query_x: Tensor
     query_y: Tensor
+    ways: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.support_x.ndim != 5:
@@ -63,7 +65,8 @@ class Episodes:
 
     def __getitem__(self, tasks: slice) -> Episodes:
         """The tasks of a slice, as views."""
-        return Episodes(self.support_x[tasks], self.support_y[tasks], self.query_x[tasks], self.query_y[tasks])
+        parts = (self.support_x, self.support_y, self.query_x, self.query_y)
+        return Episodes(*(tensor[tasks] for tensor in parts), ways=self.ways)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Episodes:
         """The same tasks on another device, the images in another floating-point type."""
@@ -72,6 +75,7 @@ class Episodes:
             self.support_y.to(device),
             self.query_x.to(device, dtype),
             self.query_y.to(device),
+            ways=self.ways,
         )
 
 
@@ -139,7 +143,7 @@ class EpisodeSampler:
         for part in (rows[:, :, : task.shots], rows[:, :, task.shots :]):
             labels = torch.arange(task.ways, device=device).repeat_interleave(part.shape[2]).expand(count, -1)
             sets += [self._gather(part.flatten(1)), labels.contiguous()]
-        return Episodes(*sets)
+        return Episodes(*sets, ways=task.ways)
 
     def _gather(self, rows: Tensor) -> Tensor:
         """``[T, S]`` pool rows -> ``[T, S, C, H, W]`` images in the network's units."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,17 +12,25 @@ from torch import Tensor
 
 from cxgrad_fast.algorithms import FastState, build_inner_loop
 from cxgrad_fast.config import Config, InputError
-from cxgrad_fast.engine import Engine, Gradients, MetaLoss, StaticGradients
+from cxgrad_fast.engine import (
+    CapturedStep,
+    CudaGraphs,
+    Engine,
+    Gradients,
+    Graphs,
+    MetaLoss,
+    NonFiniteLossError,
+    Pending,
+    RunningStatistics,
+    StaticGradients,
+)
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.kernels import use_backend
 from cxgrad_fast.models import LayerStatistics, build_backbone
 
+__all__ = ["Adapted", "Learner", "NonFiniteLossError", "Pending"]
+
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
-STATISTICS_MOMENTUM = 0.01  # of the running BatchNorm statistics: about the last hundred meta-steps
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A meta-step met a loss or gradient that is not finite; nothing was changed."""
 
 
 class Learner:
@@ -34,8 +43,6 @@ class Learner:
         meta_parameters: name -> leaf tensor: the backbone (``features.0.weight``, ``features.0.norm.weight``,
             ``head.weight``, ...) and, for CxGrad, the network of the scaling factors (``scaler.0.weight``, ...).
         optimizer: Adam over them, capturable state included in :meth:`state_dict`.
-        running_statistics: name of a convolution -> mean and variance ``[C]`` of its BatchNorm's input in the query
-            pass, averaged over meta-training (exponentially, momentum 0.01); what ``statistics = running`` uses.
 
     Raises:
         InputError: a device, precision, backend or mode that this version or machine does not have.
@@ -60,12 +67,36 @@ class Learner:
         self.meta_parameters = {
             name: tensor.to(self.device, self.dtype).requires_grad_() for name, tensor in initial.items()
         }
-        self.optimizer = torch.optim.Adam(self.meta_parameters.values(), lr=config.outer.learning_rate)
-        self.running_statistics: dict[str, LayerStatistics] = {}
-        self._steps_averaged = 0
+        self._adam: dict[str, Any] = {}
+        rate = config.outer.learning_rate
+        if self.device.type == "cuda":  # the kernel that a graph can hold; there it reads its rate as a float32
+            self._adam, rate = {"fused": True, "capturable": True}, float(np.float32(rate))
+        self.optimizer = torch.optim.Adam(self.meta_parameters.values(), lr=rate, **self._adam)
+        self._statistics = RunningStatistics(self.device)
         self._gradients: Gradients = self._loss_and_gradients
-        if config.run.compile:
+        self._captured: CapturedStep | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What ``run.compile`` asks for; again where tensors that a graph has the addresses of were replaced."""
+        if not self.config.run.compile:
+            return
+        if self.device.type == "cuda":
+            self._captured = self._captured_step(CudaGraphs(self.device))
+        elif self._gradients == self._loss_and_gradients:
             self._gradients = StaticGradients(self._loss_and_gradients)
+
+    def _captured_step(self, graphs: Graphs) -> CapturedStep:
+        parameters = list(self.meta_parameters.values())
+        return CapturedStep(parameters, self.optimizer, self._loss_and_gradients, self._statistics, graphs)
+
+    @property
+    def running_statistics(self) -> dict[str, LayerStatistics]:
+        """Mean and variance ``[C]`` of each convolution's BatchNorm input in the query passes, averaged over them.
+
+        Exponentially, with momentum 0.01 once there are a hundred meta-steps; what ``statistics = running`` uses.
+        """
+        return self._statistics.values
 
     def meta_loss(self, episodes: Episodes) -> MetaLoss:
         """Loss, logits and trace of a batch of tasks; ``loss`` is differentiable in ``meta_parameters``.
@@ -88,19 +119,32 @@ class Learner:
             NonFiniteLossError: the loss or a gradient is not finite; parameters and optimizer stay as they were.
             ValueError: as :meth:`meta_loss`.
         """
-        parameters = list(self.meta_parameters.values())
+        return self.start_step(episodes).result()
+
+    def start_step(self, episodes: Episodes) -> Pending:
+        """As :meth:`meta_step`, without waiting for its end where the step is captured (``run.compile`` on CUDA).
+
+        Raises:
+            NonFiniteLossError: as :meth:`meta_step`, here or from the result.
+            ValueError: as :meth:`meta_loss`.
+        """
+        episodes = self._checked(episodes)
         with use_backend(self.config.run.backend):
-            out, gradients = self._gradients(parameters, self._checked(episodes))
+            if self._captured is not None:
+                if (pending := self._captured.start(episodes)) is not None:
+                    return pending
+                self._captured = None
+            parameters = list(self.meta_parameters.values())
+            out, gradients = self._gradients(parameters, episodes)
         finite = torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
         if not finite:
-            what = "gradient" if out.loss.isfinite() else "loss"
-            raise NonFiniteLossError(f"the {what} of this meta-step is not finite")
+            raise NonFiniteLossError(bool(out.loss.isfinite()))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._average(out.statistics)
-        return out
+        self._statistics.add(out.statistics)
+        return Pending(out)
 
     def _loss_and_gradients(
         self, parameters: Sequence[Tensor], episodes: Episodes
@@ -150,8 +194,8 @@ class Learner:
         return {
             "parameters": {name: tensor.detach().clone() for name, tensor in self.meta_parameters.items()},
             "statistics": {name: torch.stack(pair) for name, pair in self.running_statistics.items()},
-            "steps_averaged": self._steps_averaged,
-            "optimizer": self.optimizer.state_dict(),
+            "steps_averaged": int(self._statistics.steps),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: bool = True) -> None:
@@ -161,13 +205,16 @@ class Learner:
             ValueError: names or shapes that are not this config's.
         """
         self._assign(state["parameters"], "state")
-        self.running_statistics = {
-            name: (pair[0].to(self.device, self.dtype), pair[1].to(self.device, self.dtype))
-            for name, pair in state["statistics"].items()
-        }
-        self._steps_averaged = state["steps_averaged"]
+        self._statistics = RunningStatistics(self.device)
+        self._statistics.steps.fill_(state["steps_averaged"])
+        for name, pair in state["statistics"].items():
+            mean, variance = pair.to(self.device, self.dtype).clone().unbind()
+            self._statistics.values[name] = (mean, variance)
         if optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would take the tensors themselves
+            for group in self.optimizer.param_groups:  # how to compute is this device's matter, not the checkpoint's
+                group |= {"fused": None, "capturable": False} | self._adam
+        self._prepare()
 
     def released_names(self) -> dict[str, str]:
         """Our names of the meta-parameters -> those of the paper's released program."""
@@ -189,7 +236,8 @@ class Learner:
                 raise ValueError(f"released checkpoint has no '{theirs}' (our {name})")
             values[name] = torch.as_tensor(state_dict[theirs])
         self._assign(values, "released checkpoint")
-        self.running_statistics, self._steps_averaged = {}, 0
+        self._statistics = RunningStatistics(self.device)
+        self._prepare()
 
     def _assign(self, values: Mapping[str, Tensor], where: str) -> None:
         odd = sorted(set(values) ^ set(self.meta_parameters))
@@ -204,13 +252,6 @@ class Learner:
         with torch.no_grad():
             for name, tensor in self.meta_parameters.items():
                 tensor.copy_(values[name])
-
-    def _average(self, statistics: Mapping[str, LayerStatistics]) -> None:
-        self._steps_averaged += 1
-        share = max(1 / self._steps_averaged, STATISTICS_MOMENTUM)
-        for name, (mean, variance) in statistics.items():
-            old_mean, old_variance = self.running_statistics.get(name, (mean, variance))
-            self.running_statistics[name] = (old_mean.lerp(mean, share), old_variance.lerp(variance, share))
 
     def _adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None, single: bool = False) -> Adapted:
         statistics = statistics or self.config.evaluation.statistics
@@ -234,19 +275,24 @@ class Learner:
 
     def _checked(self, episodes: Episodes) -> Episodes:
         """The episodes on the learner's device and in its precision, if they are what the config says."""
-        ways = self.config.task.ways
         if not len(episodes):
             raise ValueError("episodes must hold at least one task, got none")
         self._check_image("support_x", episodes.support_x)
+        self._check_labels(episodes)
+        return episodes.to(self.device, self.dtype)
+
+    def _check_labels(self, episodes: Episodes) -> None:
+        ways = self.config.task.ways
         for name, y in (("support_y", episodes.support_y), ("query_y", episodes.query_y)):
             if not y.numel():
                 raise ValueError(f"{name} must hold at least one image a task, got {list(y.shape)}")
+            if 0 < episodes.ways <= ways:
+                continue
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= ways:
                 raise ValueError(
                     f"{name} must hold labels 0 to {ways - 1} (task.ways = {ways}), got {low if low < 0 else high}"
                 )
-        return episodes.to(self.device, self.dtype)
 
     def _check_image(self, name: str, x: Tensor) -> None:
         model = self.config.model
@@ -313,8 +359,6 @@ def _dtype(config: Config) -> torch.dtype:
         raise InputError(
             f"setting 'run.precision' (={config.run.precision}) is not in this version: use float32 or float64"
         )
-    if config.run.compile and _device(config.run.device).type == "cuda":
-        raise InputError("setting 'run.compile' (--compile) is for CPUs in this version: leave it out on a CUDA device")
     return _DTYPES[config.run.precision]
 
 

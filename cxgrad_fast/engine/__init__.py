@@ -1,6 +1,19 @@
 """One meta-step over a batch of tasks."""
 
+from cxgrad_fast.engine.captured import CudaGraphs, Graphs
 from cxgrad_fast.engine.meta_loss import Engine, MetaLoss
 from cxgrad_fast.engine.static import Gradients, StaticGradients
+from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics
 
-__all__ = ["Engine", "Gradients", "MetaLoss", "StaticGradients"]
+__all__ = [
+    "CapturedStep",
+    "CudaGraphs",
+    "Engine",
+    "Gradients",
+    "Graphs",
+    "MetaLoss",
+    "NonFiniteLossError",
+    "Pending",
+    "RunningStatistics",
+    "StaticGradients",
+]

@@ -39,9 +39,9 @@ class _Program:
     uncompiled: list[float]
 
     def __call__(self, parameters: Sequence[Tensor], episodes: Episodes) -> tuple[MetaLoss, Sequence[Tensor]]:
-        results = self.flat(*parameters, *_tensors(episodes))
+        results = self.flat(*parameters, *tensors_of(episodes))
         count = len(results) - len(parameters)
-        return _unpack(results[:count], self.like), results[count:]
+        return unpack(results[:count], self.like), results[count:]
 
 
 class StaticGradients:
@@ -67,7 +67,7 @@ class StaticGradients:
         self._programs: dict[Shape, _Program | None] = {}
 
     def __call__(self, parameters: Sequence[Tensor], episodes: Episodes) -> tuple[MetaLoss, Sequence[Tensor]]:
-        shape = _shape(episodes)
+        shape = shape_of(episodes)
         if shape not in self._programs:
             self._programs[shape] = self._compile(parameters, episodes)
         program = self._programs[shape]
@@ -99,11 +99,11 @@ class StaticGradients:
             count = len(parameters)
             out, gradients = self._uncompiled(tensors[:count], Episodes(*tensors[count:]))
             likes.append(out)
-            return [*_pack(out), *gradients]
+            return [*pack(out), *gradients]
 
         began = self._clock()
         try:
-            flat = Flat(function, [*parameters, *_tensors(episodes)])
+            flat = Flat(function, [*parameters, *tensors_of(episodes)])
         except (RuntimeError, NotImplementedError) as error:
             self._report(f"the meta-step cannot be compiled, going on without: {' '.join(str(error).split())}")
             return None
@@ -112,20 +112,20 @@ class StaticGradients:
         return _Program(flat, likes[0], [], [])
 
 
-def _tensors(episodes: Episodes) -> list[Tensor]:
+def tensors_of(episodes: Episodes) -> list[Tensor]:
     return [episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y]
 
 
-def _shape(episodes: Episodes) -> Shape:
-    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in _tensors(episodes))
+def shape_of(episodes: Episodes) -> Shape:
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors_of(episodes))
 
 
-def _pack(out: MetaLoss) -> list[Tensor]:
+def pack(out: MetaLoss) -> list[Tensor]:
     fixed = [out.loss, out.query_logits, out.support_losses, out.query_losses, out.accuracy]
     return [*fixed, *(tensor for pair in out.statistics.values() for tensor in pair)]
 
 
-def _unpack(tensors: Sequence[Tensor], like: MetaLoss) -> MetaLoss:
+def unpack(tensors: Sequence[Tensor], like: MetaLoss) -> MetaLoss:
     loss, logits, support_losses, query_losses, accuracy, *rest = tensors
     statistics = {name: (rest[2 * index], rest[2 * index + 1]) for index, name in enumerate(like.statistics)}
     return replace(

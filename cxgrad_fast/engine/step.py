@@ -1,0 +1,208 @@
+"""The meta-step as one captured function: meta-loss, its gradients, Adam's update, running statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cxgrad_fast.engine.captured import Captured, CaptureError, Graphs, Packed
+from cxgrad_fast.engine.meta_loss import MetaLoss
+from cxgrad_fast.engine.static import Gradients, pack, shape_of, tensors_of, to_stderr, unpack
+from cxgrad_fast.episodes import Episodes
+from cxgrad_fast.models import LayerStatistics
+
+STATISTICS_MOMENTUM = 0.01  # of the running BatchNorm statistics: about the last hundred meta-steps
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A meta-step met a loss or gradient that is not finite; nothing was changed."""
+
+    def __init__(self, loss_is_finite: bool, gradients_are: bool = False) -> None:
+        what = f"the {'gradient' if loss_is_finite else 'loss'} of this meta-step is not finite"
+        super().__init__("this meta-step was left out: one before it was not finite" if gradients_are else what)
+
+
+class RunningStatistics:
+    """Averages of the query passes' BatchNorm statistics over meta-steps: all alike first, then exponentially.
+
+    Attributes:
+        values: mean and variance ``[C]`` by convolution.
+        steps: how many meta-steps they hold, ``[]`` float64 on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values: dict[str, LayerStatistics] = {}
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, statistics: Mapping[str, LayerStatistics], unless: Tensor | None = None) -> None:
+        """Those of one more step, in place; nothing where ``unless`` is not zero."""
+        counted = self.steps + 1
+        share = (1 / counted).clamp_min(STATISTICS_MOMENTUM)
+        self.steps.copy_(counted if unless is None else torch.where(unless > 0, self.steps, counted))
+        for name, new in statistics.items():
+            if name not in self.values:
+                self.values[name] = (torch.zeros_like(new[0]), torch.zeros_like(new[1]))
+            for old, now in zip(self.values[name], new, strict=True):
+                average = old.lerp(now, share.to(old.dtype))
+                old.copy_(average if unless is None else torch.where(unless > 0, old, average))
+
+
+class Pending:
+    """A meta-step that was started."""
+
+    def __init__(self, out: MetaLoss) -> None:
+        self._out = out
+
+    def result(self) -> MetaLoss:
+        """Its meta-loss, once it is done.
+
+        Raises:
+            NonFiniteLossError: the loss or a gradient is not finite. The step changed nothing, nor did any that was
+                started after it.
+        """
+        return self._out
+
+    def on_host(self) -> MetaLoss:
+        """As :meth:`result`, in the host's memory."""
+        out = self.result()
+        return unpack([tensor.cpu() for tensor in pack(out)], out)
+
+
+class CapturedStep:
+    """Meta-steps as replays of one captured function for each shape of episodes.
+
+    Args:
+        parameters: the leaves that Adam updates, in the order of ``gradients``' results.
+        optimizer: Adam over them, fused, which leaves out a step that is not finite by itself.
+        gradients: (parameters, episodes) -> meta-loss and gradients. Nothing of it may depend on values.
+        statistics: what the steps' BatchNorm statistics go to.
+        graphs: what records.
+        report: told what is captured, and what cannot be.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Adam,
+        gradients: Gradients,
+        statistics: RunningStatistics,
+        graphs: Graphs,
+        report: Callable[[str], None] = to_stderr,
+    ) -> None:
+        self._parameters, self._optimizer, self._gradients = list(parameters), optimizer, gradients
+        self._statistics, self._graphs, self._report = statistics, graphs, report
+        device = self._parameters[0].device
+        self._bad = torch.zeros((), device=device)  # once it is 1, steps change nothing until the host has seen it
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._rates_held: list[float] = []
+        self._programs: dict[object, tuple[Captured, MetaLoss, Packed] | None] = {}
+
+    def start(self, episodes: Episodes) -> Pending | None:
+        """Start a step; None where it cannot be captured, which was reported."""
+        shape = shape_of(episodes)
+        if shape not in self._programs:
+            self._programs[shape] = self._compile(episodes)
+        program = self._programs[shape]
+        if program is None:
+            return None
+        captured, like, packed = program
+        self._set_rates()
+        (values,) = captured(*tensors_of(episodes))
+        return _PendingReplay(values.clone(), like, packed, self._bad)
+
+    def _set_rates(self) -> None:
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        if rates != self._rates_held:
+            for buffer, rate in zip(self._rates, rates, strict=True):
+                buffer.fill_(rate)
+            self._rates_held = rates
+
+    def _compile(self, episodes: Episodes) -> tuple[Captured, MetaLoss, Packed] | None:
+        again = " again, for another shape of episodes" if self._programs else ""
+        likes: list[MetaLoss] = []
+
+        def step(*tensors: Tensor) -> list[Tensor]:
+            out, gradients = self._gradients(self._parameters, Episodes(*tensors))
+            finite = torch.stack([out.loss, *torch._foreach_norm(list(gradients))]).isfinite().all()
+            self._bad.copy_(torch.where(finite, self._bad, 1.0))
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+            with self._told_by_the_device():
+                self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._statistics.add(out.statistics, unless=self._bad)
+            likes[:] = [out]
+            return [Packed.pack([*pack(out), finite, self._bad])]
+
+        began = time.perf_counter()
+        self._set_rates()
+        try:
+            captured = Captured(step, tensors_of(episodes), self._graphs, self._state)
+        except CaptureError as error:
+            self._report(f"the meta-step cannot be captured, going on without: {error}")
+            return None
+        self._report(f"meta-step captured{again} in {time.perf_counter() - began:.1f} s: one graph")
+        out = likes[0]
+        return captured, out, Packed([*pack(out), self._bad, self._bad])
+
+    @contextmanager
+    def _told_by_the_device(self) -> Iterator[None]:
+        """The optimizer takes its learning rates, and whether to leave the step out, from tensors."""
+        groups = self._optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        self._optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        for group, buffer in zip(groups, self._rates, strict=True):
+            group["lr"] = buffer
+        try:
+            yield
+        finally:
+            del self._optimizer.found_inf  # type: ignore[attr-defined]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _state(self) -> dict[str, Tensor]:
+        named = {f"parameter {index}": tensor for index, tensor in enumerate(self._parameters)}
+        named |= {"bad": self._bad, "steps": self._statistics.steps}
+        for name, pair in self._statistics.values.items():
+            named |= {f"mean {name}": pair[0], f"variance {name}": pair[1]}
+        for index, parameter in enumerate(self._parameters):
+            for name, value in self._optimizer.state.get(parameter, {}).items():
+                named[f"adam {index} {name}"] = value
+        return named
+
+
+class _PendingReplay(Pending):
+    """A replay's values, on the device and on their way to the host."""
+
+    def __init__(self, values: Tensor, like: MetaLoss, packed: Packed, bad: Tensor) -> None:
+        self._values, self._like, self._packed, self._bad = values, like, packed, bad
+        self._event = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = values
+
+    def result(self) -> MetaLoss:
+        self._wait()
+        return self._made_of(self._values)
+
+    def on_host(self) -> MetaLoss:
+        self._wait()
+        return self._made_of(self._host)
+
+    def _wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        if self._host[-1]:
+            self._bad.zero_()
+            raise NonFiniteLossError(bool(self._host[0].isfinite()), bool(self._host[-2]))
+
+    def _made_of(self, values: Tensor) -> MetaLoss:
+        return unpack(self._packed.unpack(values)[:-2], self._like)
