@@ -23,6 +23,7 @@ from cxgrad_fast.engine import (
     Pending,
     RunningStatistics,
     StaticGradients,
+    predictions_of,
 )
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.kernels import use_backend
@@ -75,6 +76,7 @@ class Learner:
         self._statistics = RunningStatistics(self.device)
         self._gradients: Gradients = self._loss_and_gradients
         self._captured: CapturedStep | None = None
+        self._predictions = predictions_of(config, self.engine, self.device)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -165,8 +167,9 @@ class Learner:
             ValueError: as :meth:`meta_loss`.
         """
         episodes = self._checked(episodes)
-        adapted = self._adapt(episodes.support_x, episodes.support_y, statistics)
-        return adapted.logits(episodes.query_x)
+        kind = self._statistics_kind(statistics)
+        with use_backend(self.config.run.backend):
+            return self._predictions(self.meta_parameters, episodes, kind, self.running_statistics)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None = None) -> Adapted:
         """Adapt to one task, or to several at once; call the result on query images.
@@ -187,7 +190,13 @@ class Learner:
             support_x, support_y = support_x[None], support_y[None]
         # the checks of a batch of tasks, with the support set in the place of the query set
         episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
-        return self._adapt(episodes.support_x, episodes.support_y, statistics, single)
+        kind = self._statistics_kind(statistics)
+        parameters = {name: tensor.detach() for name, tensor in self.meta_parameters.items()}
+        with use_backend(self.config.run.backend):
+            state, given = self.engine.adapted(
+                parameters, episodes.support_x, episodes.support_y, kind, self.running_statistics
+            )
+        return Adapted(self, parameters, state, given, single)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: tensors and plain values only (``weights_only=True`` loads it)."""
@@ -253,7 +262,8 @@ class Learner:
             for name, tensor in self.meta_parameters.items():
                 tensor.copy_(values[name])
 
-    def _adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None, single: bool = False) -> Adapted:
+    def _statistics_kind(self, statistics: str | None) -> str:
+        """Of BatchNorm in the query pass: what was asked for, or the config's, if it can be had."""
         statistics = statistics or self.config.evaluation.statistics
         if statistics not in ("transductive", "support", "running"):
             raise InputError(f"statistics takes one of transductive, support, running, got '{statistics}'")
@@ -261,17 +271,7 @@ class Learner:
             raise InputError(f"statistics = {statistics} needs model.norm = batch, not {self.config.model.norm}")
         if statistics == "running" and not self.running_statistics:
             raise InputError("statistics = running needs the averages of meta-training; this learner has none")
-        parameters = {name: tensor.detach() for name, tensor in self.meta_parameters.items()}
-        with use_backend(self.config.run.backend), torch.enable_grad():
-            state = self.engine.adapt(parameters, support_x, support_y, graph=False)
-        state = state.with_tensors([tensor.detach() for tensor in state.tensors()])
-        given: dict[str, LayerStatistics] | None = None
-        if statistics == "running":
-            given = {name: (mean[None], var[None]) for name, (mean, var) in self.running_statistics.items()}
-        elif statistics == "support":
-            with use_backend(self.config.run.backend), torch.no_grad():
-                given = self.engine.support_statistics(parameters, state, support_x)
-        return Adapted(self, parameters, state, given, single)
+        return statistics
 
     def _checked(self, episodes: Episodes) -> Episodes:
         """The episodes on the learner's device and in its precision, if they are what the config says."""

@@ -86,9 +86,9 @@ def test_what_does_not_pay_is_dropped(own: float, kept: bool) -> None:
     clock = iter([0.0, 9.0, *[0.0, own, 0.0, 1.0] * 3])
     compiled._gradients = StaticGradients(compiled._loss_and_gradients, told.append, lambda: next(clock))
     assert_equal_steps(compiled, plain, steps=8)
-    (program,) = compiled._gradients._programs.values()
+    (program,) = compiled._gradients.static._programs.values()
     assert (program is not None) is kept
-    dropped = ["compiling does not pay here (0.50 of the uncompiled speed): going on without"]
+    dropped = ["compiling the meta-step does not pay here (0.50 of the uncompiled speed): going on without"]
     assert told[1:] == ([] if kept else dropped)
 
 

@@ -2,6 +2,7 @@
 
 from cxgrad_fast.engine.captured import CudaGraphs, Graphs
 from cxgrad_fast.engine.meta_loss import Engine, MetaLoss
+from cxgrad_fast.engine.prediction import predictions_of
 from cxgrad_fast.engine.static import Gradients, StaticGradients
 from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics
 
@@ -16,4 +17,5 @@ __all__ = [
     "Pending",
     "RunningStatistics",
     "StaticGradients",
+    "predictions_of",
 ]

@@ -101,11 +101,29 @@ class Engine:
         """Logits ``[T, S, N]`` of adapted networks; BatchNorm by the batch itself, or by given statistics."""
         return self._query(parameters, state, x, given=given).logits
 
-    def support_statistics(
-        self, parameters: Mapping[str, Tensor], state: FastState, support_x: Tensor
-    ) -> dict[str, LayerStatistics]:
-        """BatchNorm statistics ``[T, C]`` of the support set under the adapted weights, by convolution."""
-        return self._query(parameters, state, support_x, collect=True).statistics
+    def adapted(
+        self,
+        parameters: Mapping[str, Tensor],
+        support_x: Tensor,
+        support_y: Tensor,
+        statistics: str,
+        running: Mapping[str, LayerStatistics],
+    ) -> tuple[FastState, dict[str, LayerStatistics] | None]:
+        """Networks adapted for use, without a graph, and what normalises in them: None is the batch itself.
+
+        With ``statistics = support`` those ``[T, C]`` of the support set under the adapted weights, with ``running``
+        ``running``, means and variances ``[C]`` by convolution.
+        """
+        parameters = {name: tensor.detach() for name, tensor in parameters.items()}
+        with torch.enable_grad():
+            state = self.adapt(parameters, support_x, support_y, graph=False)
+        state = state.with_tensors([tensor.detach() for tensor in state.tensors()])
+        if statistics == "running":
+            return state, {name: (mean[None], variance[None]) for name, (mean, variance) in running.items()}
+        if statistics == "support":
+            with torch.no_grad():
+                return state, self._query(parameters, state, support_x, collect=True).statistics
+        return state, None
 
     def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
         graph = self.config.inner.order == 2 and torch.is_grad_enabled()

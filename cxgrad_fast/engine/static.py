@@ -1,7 +1,7 @@
-"""``--compile`` on CPUs: meta-loss and meta-gradients as a flat program, made once for a shape of episodes.
+"""``--compile``: functions of tensors as programs made once for a shape: flat ones on CPUs, CUDA graphs on devices.
 
-The program calls the operators that the uncompiled step calls, in the same order: the same numbers, to the bit. What
-goes is Python, autograd's bookkeeping, and what no result needs.
+A program calls the operators that the function calls, in the same order: the same numbers, to the bit. What goes is
+Python, autograd's bookkeeping, and what no result needs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cxgrad_fast.engine.flat import Flat
 from cxgrad_fast.engine.meta_loss import MetaLoss
 from cxgrad_fast.episodes import Episodes
 
+Function = Callable[..., Sequence[Tensor]]
 Gradients = Callable[[Sequence[Tensor], Episodes], tuple[MetaLoss, Sequence[Tensor]]]
 Shape = tuple[tuple[object, ...], ...]
 
@@ -31,30 +32,87 @@ def to_stderr(message: str) -> None:
 
 @dataclass
 class _Program:
-    """A flat program and how its results make a MetaLoss; seconds of its runs and of uncompiled ones."""
+    """A program, and seconds of its runs and of uncompiled ones."""
 
-    flat: Flat
-    like: MetaLoss
+    run: Function
     own: list[float]
     uncompiled: list[float]
 
-    def __call__(self, parameters: Sequence[Tensor], episodes: Episodes) -> tuple[MetaLoss, Sequence[Tensor]]:
-        results = self.flat(*parameters, *tensors_of(episodes))
-        count = len(results) - len(parameters)
-        return unpack(results[:count], self.like), results[count:]
+
+class Static:
+    """``function(*inputs)``, compiled for every shape of inputs.
+
+    The first calls of a shape alternate between the program and the function, which have the same results; if the
+    program turns out to be no faster on this machine, it is dropped.
+
+    Args:
+        what: the function's name, for messages.
+        function: of tensors. Nothing of it may depend on values.
+        compiler: (function, inputs) -> program; what it cannot do is a RuntimeError or NotImplementedError.
+        report: told what is compiled, what it took, and what does not pay or cannot be compiled.
+        clock: seconds.
+        trials: of each way; 0 takes the program unseen.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        function: Function,
+        compiler: Callable[[Function, Sequence[Tensor]], Function] = Flat,
+        report: Callable[[str], None] = to_stderr,
+        clock: Callable[[], float] = time.perf_counter,
+        trials: int | None = None,
+    ) -> None:
+        self._what, self._function, self._compiler = what, function, compiler
+        self._report, self._clock = report, clock
+        self._trials = _TRIALS if trials is None else trials
+        self._programs: dict[Shape, _Program | None] = {}
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        shape = shape_of(inputs)
+        if shape not in self._programs:
+            self._programs[shape] = self._compile(inputs)
+        program = self._programs[shape]
+        if program is None:
+            return self._function(*inputs)
+        if len(program.uncompiled) >= self._trials:
+            return program.run(*inputs)
+        return self._try(shape, program, inputs)
+
+    def _try(self, shape: Shape, program: _Program, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        own_turn = len(program.own) <= len(program.uncompiled)
+        began = self._clock()
+        results = (program.run if own_turn else self._function)(*inputs)
+        (program.own if own_turn else program.uncompiled).append(self._clock() - began)
+        if len(program.uncompiled) == self._trials:
+            gain = median(program.uncompiled) / median(program.own)
+            if gain < 1:
+                self._programs[shape] = None
+                speed = f"{gain:.2f} of the uncompiled speed"
+                self._report(f"compiling the {self._what} does not pay here ({speed}): going on without")
+        return results
+
+    def _compile(self, inputs: Sequence[Tensor]) -> _Program | None:
+        again = " again, for another shape of episodes" if self._programs else ""
+        began = self._clock()
+        try:
+            run = self._compiler(self._function, inputs)
+        except (RuntimeError, NotImplementedError) as error:
+            self._report(f"the {self._what} cannot be compiled, going on without: {' '.join(str(error).split())}")
+            return None
+        seconds = self._clock() - began
+        calls = f": {run.calls} operator calls" if isinstance(run, Flat) else ""
+        self._report(f"{self._what} compiled{again} in {seconds:.1f} s{calls}")
+        return _Program(run, [], [])
 
 
 class StaticGradients:
-    """Meta-loss and meta-gradients, as ``uncompiled`` gives them.
-
-    The first steps of a shape alternate between the program and the uncompiled way, which have the same results; if the
-    program turns out to be no faster on this machine, it is dropped.
+    """Meta-loss and meta-gradients, as ``uncompiled`` gives them, compiled for every shape of episodes.
 
     Args:
         uncompiled: (parameters, episodes) -> meta-loss and the gradients in the parameters. Nothing of it may depend on
             values.
-        report: told what is compiled, what it took, and what does not pay or cannot be compiled.
-        clock: seconds.
+        report, clock, compiler, trials: as for :class:`Static`.
     """
 
     def __init__(
@@ -62,70 +120,45 @@ class StaticGradients:
         uncompiled: Gradients,
         report: Callable[[str], None] = to_stderr,
         clock: Callable[[], float] = time.perf_counter,
+        compiler: Callable[[Function, Sequence[Tensor]], Function] = Flat,
+        trials: int | None = None,
     ) -> None:
-        self._uncompiled, self._report, self._clock = uncompiled, report, clock
-        self._programs: dict[Shape, _Program | None] = {}
+        self._uncompiled = uncompiled
+        self._like: MetaLoss | None = None  # a result: how many statistics of which layers
+        self._parameters = 0
+        self.static = Static("meta-step", self._function, compiler, report, clock, trials)
 
     def __call__(self, parameters: Sequence[Tensor], episodes: Episodes) -> tuple[MetaLoss, Sequence[Tensor]]:
-        shape = shape_of(episodes)
-        if shape not in self._programs:
-            self._programs[shape] = self._compile(parameters, episodes)
-        program = self._programs[shape]
-        if program is None:
-            return self._uncompiled(parameters, episodes)
-        if len(program.uncompiled) >= _TRIALS:
-            return program(parameters, episodes)
-        return self._try(shape, program, parameters, episodes)
+        self._parameters = len(parameters)
+        results = self.static(*parameters, *tensors_of(episodes))
+        assert self._like is not None  # the function has run at least once, to be traced
+        count = len(results) - len(parameters)
+        return unpack(results[:count], self._like), results[count:]
 
-    def _try(
-        self, shape: Shape, program: _Program, parameters: Sequence[Tensor], episodes: Episodes
-    ) -> tuple[MetaLoss, Sequence[Tensor]]:
-        own_turn = len(program.own) <= len(program.uncompiled)
-        began = self._clock()
-        result = (program if own_turn else self._uncompiled)(parameters, episodes)
-        (program.own if own_turn else program.uncompiled).append(self._clock() - began)
-        if len(program.uncompiled) == _TRIALS:
-            gain = median(program.uncompiled) / median(program.own)
-            if gain < 1:
-                self._programs[shape] = None
-                self._report(f"compiling does not pay here ({gain:.2f} of the uncompiled speed): going on without")
-        return result
-
-    def _compile(self, parameters: Sequence[Tensor], episodes: Episodes) -> _Program | None:
-        again = " again, for another shape of episodes" if self._programs else ""
-        likes: list[MetaLoss] = []
-
-        def function(*tensors: Tensor) -> list[Tensor]:
-            count = len(parameters)
-            out, gradients = self._uncompiled(tensors[:count], Episodes(*tensors[count:]))
-            likes.append(out)
-            return [*pack(out), *gradients]
-
-        began = self._clock()
-        try:
-            flat = Flat(function, [*parameters, *tensors_of(episodes)])
-        except (RuntimeError, NotImplementedError) as error:
-            self._report(f"the meta-step cannot be compiled, going on without: {' '.join(str(error).split())}")
-            return None
-        seconds = self._clock() - began
-        self._report(f"meta-step compiled{again} in {seconds:.1f} s: {flat.calls} operator calls")
-        return _Program(flat, likes[0], [], [])
+    def _function(self, *tensors: Tensor) -> list[Tensor]:
+        out, gradients = self._uncompiled(tensors[: self._parameters], Episodes(*tensors[self._parameters :]))
+        self._like = out
+        return [*pack(out), *gradients]
 
 
 def tensors_of(episodes: Episodes) -> list[Tensor]:
+    """Support images and labels, query images and labels."""
     return [episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y]
 
 
-def shape_of(episodes: Episodes) -> Shape:
-    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors_of(episodes))
+def shape_of(tensors: Sequence[Tensor]) -> Shape:
+    """All that a program is made for."""
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
 
 
 def pack(out: MetaLoss) -> list[Tensor]:
+    """The tensors of a meta-loss, the loss first."""
     fixed = [out.loss, out.query_logits, out.support_losses, out.query_losses, out.accuracy]
     return [*fixed, *(tensor for pair in out.statistics.values() for tensor in pair)]
 
 
 def unpack(tensors: Sequence[Tensor], like: MetaLoss) -> MetaLoss:
+    """The meta-loss of such tensors, its layers named as those of ``like``."""
     loss, logits, support_losses, query_losses, accuracy, *rest = tensors
     statistics = {name: (rest[2 * index], rest[2 * index + 1]) for index, name in enumerate(like.statistics)}
     return replace(

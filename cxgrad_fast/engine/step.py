@@ -103,7 +103,7 @@ class CapturedStep:
 
     def start(self, episodes: Episodes) -> Pending | None:
         """Start a step; None where it cannot be captured, which was reported."""
-        shape = shape_of(episodes)
+        shape = shape_of(tensors_of(episodes))
         if shape not in self._programs:
             self._programs[shape] = self._compile(episodes)
         program = self._programs[shape]
