@@ -20,6 +20,12 @@ KINDS = ("transductive", "support", "running")
 CONFIG = config_of(inner__steps=1, model__image_size=16)
 
 
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs from the first call on, without trials."""
+    monkeypatch.setattr(static, "_TRIALS", 0)
+    monkeypatch.setattr(prediction, "PATIENCE", 0)
+
+
 def trained() -> Learner:
     """With running statistics, and parameters that are nothing special."""
     learner = Learner(CONFIG)
@@ -32,7 +38,7 @@ def trained() -> Learner:
 def test_compiled_predictions_are_the_same_to_the_bit(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(static, "_TRIALS", 0)
+    at_once(monkeypatch)
     plain, compiled = trained(), Learner(CONFIG.override({"run.compile": True}))
     compiled.load_state_dict(plain.state_dict())
     for tasks, seed in ((2, 1), (2, 2), (1, 3)):
@@ -43,7 +49,7 @@ def test_compiled_predictions_are_the_same_to_the_bit(
 
 
 def test_an_ensemble_compiles_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(static, "_TRIALS", 0)
+    at_once(monkeypatch)
     gc.collect()  # what other tests left
     config = CONFIG.override({"run.compile": True})
     members = [Learner(config) for _ in range(3)]
@@ -70,10 +76,24 @@ def test_captured_predictions(kind: str) -> None:
         captured = Captured(function, inputs, graphs)
         return lambda *tensors: [result.clone() for result in captured(*tensors)]
 
-    shared = Predictions(first.engine, compiler, trials=0)
+    shared = Predictions(first.engine, compiler, trials=0, patience=0)
     for learner in (first, second, first):
         for seed in (1, 2):
             episodes = random_episodes(CONFIG, 2, seed)
             found = shared(learner.meta_parameters, episodes, kind, learner.running_statistics)
             assert torch.equal(found, learner.predict(episodes, kind))
     assert graphs.recorded == 1
+
+
+def test_a_batch_that_comes_seldom_is_not_worth_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    learner, compiled = trained(), []
+
+    def compiler(function: static.Function, inputs: Sequence[Tensor]) -> static.Function:
+        compiled.append(len(inputs[-1]))
+        return function
+
+    predictions = Predictions(learner.engine, compiler, patience=3)
+    for tasks in (2, 2, 1, 2, 2, 2, 1, 2):
+        predictions(learner.meta_parameters, random_episodes(CONFIG, tasks), "transductive", {})
+    assert compiled == [2]

@@ -16,6 +16,8 @@ from cxgrad_fast.engine.static import Function, Static
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.models import LayerStatistics
 
+PATIENCE = 12  # batches: the last one of a validation is smaller than the others, and alone of its size
+
 
 class Predictions:
     """Logits of adapted networks, as programs of parameters and images: for all learners of one Config.
@@ -23,7 +25,7 @@ class Predictions:
     Args:
         engine: the Config's.
         compiler: None for no programs; else as for :class:`cxgrad_fast.engine.static.Static`.
-        trials: the same.
+        trials, patience: the same.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Predictions:
         engine: Engine,
         compiler: Callable[[Function, Sequence[Tensor]], Function] | None,
         trials: int | None = None,
+        patience: int | None = None,
     ) -> None:
         self._engine, self._compiler, self._trials = engine, compiler, trials
+        self._patience = PATIENCE if patience is None else patience
         self._programs: dict[tuple[str, ...], Function] = {}
 
     def __call__(
@@ -55,7 +59,7 @@ class Predictions:
 
     def _compiled(self, function: Function) -> Function:
         assert self._compiler is not None
-        return Static("prediction", function, self._compiler, trials=self._trials)
+        return Static("prediction", function, self._compiler, trials=self._trials, patience=self._patience)
 
     def _function(self, statistics: str, names: Sequence[str], layers: Sequence[str]) -> Function:
         def function(*tensors: Tensor) -> list[Tensor]:

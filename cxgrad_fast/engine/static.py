@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -52,6 +53,7 @@ class Static:
         report: told what is compiled, what it took, and what does not pay or cannot be compiled.
         clock: seconds.
         trials: of each way; 0 takes the program unseen.
+        patience: calls with a shape before it is compiled for: what comes seldom is not worth it.
     """
 
     def __init__(
@@ -62,15 +64,21 @@ class Static:
         report: Callable[[str], None] = to_stderr,
         clock: Callable[[], float] = time.perf_counter,
         trials: int | None = None,
+        patience: int = 0,
     ) -> None:
         self._what, self._function, self._compiler = what, function, compiler
         self._report, self._clock = report, clock
         self._trials = _TRIALS if trials is None else trials
+        self._patience = patience
+        self._waiting: Counter[Shape] = Counter()
         self._programs: dict[Shape, _Program | None] = {}
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         shape = shape_of(inputs)
         if shape not in self._programs:
+            if self._waiting[shape] < self._patience:
+                self._waiting[shape] += 1
+                return self._function(*inputs)
             self._programs[shape] = self._compile(inputs)
         program = self._programs[shape]
         if program is None:
