@@ -18,11 +18,13 @@ from cxgrad_fast.engine import (
     Engine,
     Gradients,
     Graphs,
+    MemoryPlan,
     MetaLoss,
     NonFiniteLossError,
     Pending,
     RunningStatistics,
     StaticGradients,
+    memory,
     predictions_of,
 )
 from cxgrad_fast.episodes import Episodes
@@ -99,6 +101,40 @@ class Learner:
         Exponentially, with momentum 0.01 once there are a hundred meta-steps; what ``statistics = running`` uses.
         """
         return self._statistics.values
+
+    def plan_memory(self, tasks: int) -> MemoryPlan:
+        """Predict the peak memory of a meta-step of so many tasks; where they do not fit at once, choose chunks.
+
+        Takes a few seconds: the step is gone through on tensors without values. ``run.tasks_per_chunk``, where it is
+        not 0, is kept. Chunks give the same gradients but for rounding.
+        """
+        found = memory.plan(
+            lambda count: memory.peak_of(lambda: self._rehearse(count)),
+            tasks,
+            memory.available(self.device),
+            self.config.run.tasks_per_chunk,
+        )
+        if found.chunk < tasks:
+            self.engine.tasks_per_chunk = found.chunk
+        return found
+
+    def _rehearse(self, tasks: int) -> None:
+        """The work of a meta-step, on the host's operators: those of a device keep the same tensors."""
+        task, model = self.config.task, self.config.model
+
+        def part(per_class: int) -> tuple[Tensor, Tensor]:
+            shape = (tasks, task.ways * per_class)
+            x = torch.empty(*shape, model.channels, model.image_size, model.image_size, dtype=self.dtype)
+            return x, torch.zeros(shape, dtype=torch.int64)
+
+        episodes = Episodes(*part(task.shots), *part(task.queries))
+        parameters = [torch.empty(tensor.shape, dtype=self.dtype) for tensor in self.meta_parameters.values()]
+        backend = self.config.run.backend
+        with use_backend(backend if backend == "reference" else "auto"):
+            engine = Engine(self.config.override({"run.tasks_per_chunk": 0}), self.backbone, self.engine.rule)
+            leaves = [tensor.requires_grad_() for tensor in parameters]
+            out = engine.meta_loss(dict(zip(self.meta_parameters, leaves, strict=True)), episodes)
+            torch.autograd.grad(out.loss, leaves, allow_unused=True, materialize_grads=True)
 
     def meta_loss(self, episodes: Episodes) -> MetaLoss:
         """Loss, logits and trace of a batch of tasks; ``loss`` is differentiable in ``meta_parameters``.

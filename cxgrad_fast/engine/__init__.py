@@ -1,6 +1,7 @@
 """One meta-step over a batch of tasks."""
 
 from cxgrad_fast.engine.captured import CudaGraphs, Graphs
+from cxgrad_fast.engine.memory import MemoryPlan
 from cxgrad_fast.engine.meta_loss import Engine, MetaLoss
 from cxgrad_fast.engine.prediction import predictions_of
 from cxgrad_fast.engine.static import Gradients, StaticGradients
@@ -12,6 +13,7 @@ __all__ = [
     "Engine",
     "Gradients",
     "Graphs",
+    "MemoryPlan",
     "MetaLoss",
     "NonFiniteLossError",
     "Pending",

@@ -55,18 +55,23 @@ class Engine:
     """Runs an inner-loop rule on a backbone for all tasks of a meta-batch.
 
     Parameters come and go as ``{name: Tensor}``; the engine itself holds none.
+
+    Attributes:
+        tasks_per_chunk: of a meta-batch that go through at once; 0: all. Of the config, or what fits
+            (:meth:`cxgrad_fast.Learner.plan_memory`).
     """
 
     def __init__(self, config: Config, backbone: Backbone, rule: InnerLoop) -> None:
         self.config, self.backbone, self.rule = config, backbone, rule
+        self.tasks_per_chunk = config.run.tasks_per_chunk
 
     def meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
         """The meta-loss, differentiable in the parameters (Eq. 3).
 
-        With ``run.tasks_per_chunk`` the tasks go through in chunks whose gradients are taken at once, so that only one
+        With ``tasks_per_chunk`` the tasks go through in chunks whose gradients are taken at once, so that only one
         chunk's graph exists at a time; the other results then carry no graph.
         """
-        tasks, chunk = len(episodes), self.config.run.tasks_per_chunk or len(episodes)
+        tasks, chunk = len(episodes), self.tasks_per_chunk or len(episodes)
         if tasks <= chunk:
             return self._meta_loss(parameters, episodes)
         leaves = [tensor for tensor in parameters.values() if tensor.requires_grad]
