@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU should do, unattended, under 9 minutes: environment, tests, operators, episodes,
-# profile. From a source tree, offline, with the packages that are there.
+# Everything that a machine with a GPU should do, unattended, in two parts of under 9 minutes each. From a source tree,
+# offline, with the packages that are there.
 #
-#   bash bench/gpu.sh            results, logs and one archive go to $OUT (default bench/results/gpu-<date>)
+#   bash bench/gpu.sh right      environment, tests, sanitizers
+#   bash bench/gpu.sh fast       launch settings, operators, episodes, peers, profile
+#   bash bench/gpu.sh            both
+#
+# Results, logs and one archive go to $OUT (default bench/results/gpu-<date>).
 #
 # CXGRAD_GPU_SIZE  full (default with a GPU), small (default without: the same stages on the CPU), tiny (for tests)
 # PYTHON           the interpreter (default python3)
@@ -19,6 +23,8 @@ trap 'rm -rf "$WORK"' EXIT
 RESULTS=$WORK/results
 mkdir -p "$OUT" "$RESULTS"
 export PYTHONUNBUFFERED=1
+part=${1:-all}
+case $part in right | fast | all) ;; *) echo "bench/gpu.sh takes right, fast or nothing, got '$part'" >&2 && exit 2 ;; esac
 
 device=cpu
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && device=cuda
@@ -82,9 +88,30 @@ environment() {
 tests() {
     local plain=(-p no:cacheprovider -W default) # other versions warn of other things
     case $size in
-    full) "$PYTHON" -m pytest "${plain[@]}" tests -k "cuda or golden" -rs ;;
+    # a kernel is compiled for every case: that is the time, and the host has cores
+    full) "$PYTHON" -m pytest "${plain[@]}" -n 12 tests -k "cuda or golden" -rs --durations=10 ;;
     small) "$PYTHON" -m pytest "${plain[@]}" tests/test_cases.py tests/test_meta_loss.py -k "golden or float64" ;;
     tiny) "$PYTHON" -m pytest "${plain[@]}" tests/test_meta_loss.py -k "golden and maml and exact" ;;
+    esac
+}
+
+# one case of each kernel, by the tools that see what a test cannot
+sanitizers() {
+    local tool tests=(tests/test_conv_block_triton.py tests/test_first_layer_triton.py tests/test_weights_triton.py)
+    [ "$size" = full ] || { echo "needs a GPU" && return; }
+    for tool in memcheck racecheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+            "$PYTHON" -m pytest -p no:cacheprovider -W default "${tests[@]}" -x -q \
+            -k "float64_on_cuda and (plain or first_layer_grey) or test_on_cuda and two_layers or statistics_on_cuda and plain" ||
+            return
+    done
+}
+
+# the table of this GPU: reviewed, it goes to kernels/launch_tables/
+launches() {
+    case $size in
+    full) "$PYTHON" -m cxgrad_fast.kernels.tune --out "$RESULTS/launch_table.json" ;;
+    *) "$PYTHON" -m cxgrad_fast.kernels.tune --list ;;
     esac
 }
 
@@ -120,7 +147,7 @@ profile() {
     esac
 }
 
-export -f environment tests operators peers profile
+export -f environment tests sanitizers launches operators peers profile
 export ROOT PYTHON WORK RESULTS size
 echo "device $device, size $size, results in $OUT"
 if ! install; then
@@ -129,13 +156,19 @@ if ! install; then
 fi
 # the C++ operators, where nobody has built them here yet
 stage build "$([ "$size" = full ] && echo 60 || echo 300)" "$PYTHON" -c 'from cxgrad_fast.kernels import backends; print(backends.availability())'
-stage environment 30 bash -c environment
-stage tests 95 bash -c tests
-stage operators 100 bash -c operators
-if [ "$size" != tiny ]; then stage roofline 25 "$PYTHON" bench/roofline.py; fi
-stage episodes 115 "$PYTHON" bench/gpu_table.py --size "$size" --out "$RESULTS" --seconds "$([ "$size" = tiny ] && echo 0.3 || echo 3)"
-if [ "$size" != tiny ]; then stage peers 75 bash -c peers; fi
-stage profile 40 bash -c profile
+if [ "$part" != fast ]; then
+    stage environment 30 bash -c environment
+    stage tests 300 bash -c tests
+    stage sanitizers 130 bash -c sanitizers
+fi
+if [ "$part" != right ]; then
+    stage launches 90 bash -c launches
+    stage operators 90 bash -c operators
+    if [ "$size" != tiny ]; then stage roofline 25 "$PYTHON" bench/roofline.py; fi
+    stage episodes 130 "$PYTHON" bench/gpu_table.py --size "$size" --out "$RESULTS" --seconds "$([ "$size" = tiny ] && echo 0.3 || echo 2)"
+    if [ "$size" != tiny ]; then stage peers 75 bash -c peers; fi
+    stage profile 40 bash -c profile
+fi
 
 printf '%s\n' "device $device, size $size" "failed: ${failed[*]:-none}" >"$RESULTS/summary.txt"
 keep

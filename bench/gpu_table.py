@@ -2,8 +2,8 @@
 
     python bench/gpu_table.py [--size full|small|tiny] [--seconds 3] [--out FOLDER]
 
-``full``: Conv-4/48 5w1s with 4 tasks, 5w5s with 2 and 16, ResNet-12, each in every precision that the learner has, and
-on CUDA the largest meta-batch of 5w5s that fits. ``small`` and ``tiny`` are for CPUs and for tests. A row that cannot
+``full``: Conv-4/48 5w1s with 4 tasks, 5w5s with 2, 4 and 16, ResNet-12, each in every precision that the learner has,
+with and without ``--compile``, and on CUDA the largest meta-batch of 5w5s that fits. ``small`` and ``tiny`` are for CPUs and for tests. A row that cannot
 run keeps its place and says why. Against other programs: bench/episodes.py.
 """
 
@@ -48,6 +48,7 @@ ROWS = {
     "full": [
         _row("Conv-4/48 5w1s", "released-mini-5w1s", 4),
         _row("Conv-4/48 5w5s", "released-mini-5w5s", 2),
+        _row("Conv-4/48 5w5s", "released-mini-5w5s", 4),
         _row("Conv-4/48 5w5s", "released-mini-5w5s", 16),
         _row("ResNet-12/64 5w1s", "released-mini-5w1s", 2, RESNET),
     ],
@@ -62,11 +63,12 @@ ROWS = {
 }
 
 
-def measured(row: Row, precision: str, seconds: float) -> dict[str, Any]:
+def measured(row: Row, precision: str, seconds: float, is_compiled: bool = False) -> dict[str, Any]:
     """Figures of one row, or ``why_not``."""
-    overrides = {"outer.meta_batch": row.tasks, "run.precision": precision} | dict(row.overrides)
-    config = preset(row.preset, overrides)
-    found: dict[str, Any] = {"row": row.name, "tasks": row.tasks, "precision": precision, "config": config.flat()}
+    overrides = {"outer.meta_batch": row.tasks, "run.precision": precision, "run.compile": is_compiled}
+    config = preset(row.preset, overrides | dict(row.overrides))
+    found: dict[str, Any] = {"row": row.name, "tasks": row.tasks, "precision": precision, "compiled": is_compiled}
+    found["config"] = config.flat()
     try:
         learner = Learner(config)
         episodes = random_episodes(learner)
@@ -75,7 +77,7 @@ def measured(row: Row, precision: str, seconds: float) -> dict[str, Any]:
             learner.meta_step(episodes)
 
         memory = peak_memory(step, learner.device)
-        timing = interleave({"ours": step}, 50, seconds, warm_up=2, device=learner.device)["ours"]
+        timing = interleave({"ours": step}, 50, seconds, warm_up=8 if is_compiled else 2, device=learner.device)["ours"]
     except (InputError, torch.OutOfMemoryError) as error:
         return found | {"why_not": " ".join(str(error).splitlines())[:200]}
     floor = time_floor(step_cost(config), peaks_for(precision, learner.device))
@@ -93,12 +95,13 @@ def largest(seconds: float, done: Sequence[dict[str, Any]]) -> dict[str, Any]:
     pairs = sorted(
         (entry["tasks"], entry["peak_memory_bytes"])
         for entry in done
-        if entry["row"] == "Conv-4/48 5w5s" and entry["precision"] == "float32" and "why_not" not in entry
+        if (entry["row"], entry["precision"], entry["compiled"]) == ("Conv-4/48 5w5s", "float32", False)
+        and "why_not" not in entry
     )
     (few, small), (many, big) = pairs[0], pairs[-1]
     tasks = many + int((torch.cuda.mem_get_info()[1] - big) * (many - few) / (big - small))
     while True:
-        found = measured(replace(LARGEST, tasks=tasks), "float32", seconds)
+        found = measured(replace(LARGEST, tasks=tasks), "float32", seconds, is_compiled=True)
         torch.cuda.empty_cache()
         if "why_not" not in found or tasks <= many:
             return found
@@ -106,7 +109,8 @@ def largest(seconds: float, done: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    head = f"{found['row']:<26} {found['tasks']:5} {found['precision']:<9}"
+    way = "compiled" if found["compiled"] else ""
+    head = f"{found['row']:<26} {found['tasks']:5} {found['precision']:<9} {way:<9}"
     if "why_not" in found:
         return f"{head} not measured: {found['why_not']}"
     rate, memory = found["episodes_per_s"], found["peak_memory_bytes"]
@@ -124,12 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     print(machine_line(machine()))
-    print(f"{'':<26} tasks precision  episodes/s (20-80 %)  peak MB  limit  of it", flush=True)
+    print(f"{'':<26} tasks precision            episodes/s (20-80 %)  peak MB  limit  of it", flush=True)
     done: list[dict[str, Any]] = []
     for row in ROWS[options.size]:
         for precision in DTYPES:
-            done.append(measured(row, precision, options.seconds))
-            print(line(done[-1]), flush=True)
+            for is_compiled in (False, True):
+                done.append(measured(row, precision, options.seconds, is_compiled))
+                print(line(done[-1]), flush=True)
     if options.size == "full" and torch.cuda.is_available():
         done.append(largest(options.seconds, done))
         print(line(done[-1]), flush=True)

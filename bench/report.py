@@ -40,6 +40,7 @@ _INCIDENTAL = (
     "outer.validate_every",
     "run.checkpoint_every",
     "run.backend",
+    "run.compile",
 )
 
 
@@ -101,7 +102,8 @@ def _figures(content: Mapping[str, Any]) -> Iterable[Figure]:
         for row in content["rows"]:
             side = {**row, "reason": row.get("why_not", ""), "peak_bytes": row.get("peak_memory_bytes")}
             device = "cuda" if content["machine"]["gpu"] else "cpu"
-            yield _figure(content["machine"], device, row["config"], "ours", side)
+            way = "ours-compiled" if row.get("compiled") else "ours"
+            yield _figure(content["machine"], device, row["config"], way, side)
 
 
 def _figure(

@@ -14,13 +14,16 @@ import profile_step
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("environment", "tests", "operators", "episodes", "profile")
+RIGHT = ("environment", "tests", "sanitizers")
+FAST = ("launches", "operators", "episodes", "profile")
 
 
-def run_script(folder: Path, python: str, size: str = "tiny") -> tuple[subprocess.CompletedProcess[str], set[str]]:
+def run_script(
+    folder: Path, python: str, size: str = "tiny", *parts: str
+) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     """The finished script, and the names in its archive."""
     environment = {**os.environ, "OUT": str(folder / "out"), "PYTHON": python, "CXGRAD_GPU_SIZE": size}
-    command = ["bash", str(ROOT / "bench" / "gpu.sh")]
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *parts]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     archive = folder / "out" / "gpu-results.tar.gz"
     if not archive.exists():
@@ -47,7 +50,7 @@ def test_all_stages_run(tmp_path: Path) -> None:
     done, names = run_script(tmp_path, python)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "0 stages failed: none" in done.stdout
-    assert {f"{stage}.log" for stage in STAGES} | {"operators.json", "summary.txt"} <= names
+    assert {f"{stage}.log" for stage in RIGHT + FAST} | {"operators.json", "summary.txt"} <= names
     out = tmp_path / "out"
     assert len(list(out.iterdir())) <= 8  # what comes back from a lent machine
     (table,) = out.glob("*-gpu-table.json")
@@ -68,7 +71,7 @@ def test_all_stages_run(tmp_path: Path) -> None:
 def test_a_failing_stage_does_not_stop_the_rest(tmp_path: Path, broken: str) -> None:
     python = pretender(tmp_path, "cat >/dev/null; exit 0", broken or "nothing-has-this-name")
     done, names = run_script(tmp_path, python)
-    assert {f"{stage}.log" for stage in STAGES} <= names
+    assert {f"{stage}.log" for stage in RIGHT + FAST} <= names
     assert "-- profile: done" in done.stdout
     if broken:
         assert done.returncode == 1
@@ -84,12 +87,27 @@ def test_unknown_size(tmp_path: Path) -> None:
     assert "takes full, small or tiny, got 'huge'" in done.stderr
 
 
-def test_limits_add_up_to_less_than_nine_minutes() -> None:
+@pytest.mark.parametrize(("part", "stages", "others"), [("right", RIGHT, FAST), ("fast", FAST, RIGHT)])
+def test_parts(tmp_path: Path, part: str, stages: tuple[str, ...], others: tuple[str, ...]) -> None:
+    done, names = run_script(tmp_path, pretender(tmp_path, "cat >/dev/null; exit 0"), "tiny", part)
+    assert done.returncode == 0
+    assert {f"{stage}.log" for stage in stages} <= names
+    assert not {f"{stage}.log" for stage in others} & names
+
+
+def test_unknown_part(tmp_path: Path) -> None:
+    done, _ = run_script(tmp_path, pretender(tmp_path, "exit 0"), "tiny", "wrong")
+    assert done.returncode == 2
+    assert done.stderr == "bench/gpu.sh takes right, fast or nothing, got 'wrong'\n"
+
+
+def test_limits_of_a_part_add_up_to_less_than_nine_minutes() -> None:
     lines = (ROOT / "bench" / "gpu.sh").read_text().splitlines()
     words = [line.split("stage ", 1)[1].split() for line in lines if "stage " in line and "()" not in line]
     limits = {name: int(limit) for name, limit, *_ in words if limit.isdigit()}
-    assert set(limits) == {*STAGES, "roofline", "peers"}
-    assert sum(limits.values()) < 9 * 60
+    assert set(limits) == {*RIGHT, *FAST, "roofline", "peers"}
+    for stages in (RIGHT, (*FAST, "roofline", "peers")):
+        assert 60 + sum(limits[name] for name in stages) < 9 * 60  # 60: building
 
 
 def test_covered() -> None:
