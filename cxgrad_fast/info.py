@@ -14,6 +14,7 @@ from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.cli import Parser, run_command
 from cxgrad_fast.config import InputError
 from cxgrad_fast.kernels import backends
+from cxgrad_fast.kernels.conv_block import choice
 
 _PACKAGES = (
     "cxgrad-fast",
@@ -49,6 +50,7 @@ def report() -> list[str]:
     for name, reason in backends.availability().items():
         able = f"yes, {details[name]}" if name in details else "yes"
         lines.append(_line(name, f"no: {reason}" if reason else able))
+    lines += ["", "ways to convolve", *(f"  {line}" for line in choice.report())]
     lines += ["", "cache of decoded and rendered images, and of built operators"]
     lines += [f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]
     return lines

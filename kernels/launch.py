@@ -37,6 +37,7 @@ SOURCE = "from"  # the field of an entry that is no setting
 
 _OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # Triton's own: every kernel takes them
 _PRECISIONS = {"float32": "tf32x3", "tf32": "tf32", "bfloat16": "ieee"}  # of products of float32 values
+_WHAT = "launch settings"  # what a table has, in its errors
 _INTERPRETED = backends.interpreting()
 
 Settings = dict[str, int]
@@ -218,23 +219,42 @@ def read(file: Path) -> list[Entry]:
     Raises:
         InputError: the file cannot be read, is no JSON, or has a line that is no entry.
     """
+    return [_entry(file, key, fields) for key, fields in read_lines(file).items()]
+
+
+def read_lines(file: Path, what: str = _WHAT) -> dict[str, Any]:
+    """A table's lines by their keys, not looked at yet.
+
+    Raises:
+        InputError: the file cannot be read, or is no JSON object.
+    """
     try:
         lines = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"launch settings '{file}': {error.strerror or error}") from error
+        raise InputError(f"{what} '{file}': {error.strerror or error}") from error
     except ValueError as error:
-        raise InputError(f"launch settings '{file}' are no JSON: {error}") from error
+        raise InputError(f"{what} '{file}' are no JSON: {error}") from error
     if not isinstance(lines, dict):
-        raise InputError(f"launch settings '{file}' must be an object of entries, got {type(lines).__name__}")
-    return [_entry(file, key, fields) for key, fields in lines.items()]
+        raise InputError(f"{what} '{file}' must be an object of entries, got {type(lines).__name__}")
+    return lines
+
+
+def check_line(file: Path, key: str, fields: Any, what: str = _WHAT) -> None:
+    """What every line of a table has: a key of a name and a shape's words, and fields that say where they come from.
+
+    Raises:
+        InputError: it has not.
+    """
+    name, *shape = key.split() or [""]
+    if not name or not all(name and value for name, _, value in (word.partition("=") for word in shape)):
+        raise InputError(f"{what} '{file}': the key '{key}' is not 'KERNEL name=value ...'")
+    if not isinstance(fields, dict) or not isinstance(fields.get(SOURCE), str):
+        raise InputError(f"{what} '{file}': '{key}' must say with \"{SOURCE}\" where it comes from")
 
 
 def _entry(file: Path, key: str, fields: Any) -> Entry:
-    kernel, *shape = key.split() or [""]
-    if not kernel or not all(name and value for name, _, value in (word.partition("=") for word in shape)):
-        raise InputError(f"launch settings '{file}': the key '{key}' is not 'KERNEL name=value ...'")
-    if not isinstance(fields, dict) or not isinstance(fields.get(SOURCE), str):
-        raise InputError(f"launch settings '{file}': '{key}' must say with \"{SOURCE}\" where it comes from")
+    check_line(file, key, fields)
+    kernel, *shape = key.split()
     numbers = {name: value for name, value in fields.items() if name != SOURCE}
     for name, value in numbers.items():
         if type(value) is not int or value < 1:
@@ -248,15 +268,24 @@ def write(file: Path, entries: Iterable[Entry]) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    lines = [f" {json.dumps(e.key)}: {json.dumps(e.settings | {SOURCE: e.source})}" for e in entries]
+    write_lines(file, {entry.key: {**entry.settings, SOURCE: entry.source} for entry in entries})
+
+
+def write_lines(file: Path, lines: Mapping[str, Any], what: str = _WHAT) -> None:
+    """The same of any lines, by their keys.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    written = [f" {json.dumps(key)}: {json.dumps(fields)}" for key, fields in lines.items()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as unfinished:
-            unfinished.write("\n".join(["{", ",\n".join(sorted(lines)), "}", ""]) if lines else "{}\n")
+            unfinished.write("\n".join(["{", ",\n".join(sorted(written)), "}", ""]) if written else "{}\n")
         os.chmod(unfinished.name, 0o644)
         os.replace(unfinished.name, file)
     except OSError as error:
-        raise InputError(f"launch settings '{file}' cannot be written: {error.strerror or error}") from error
+        raise InputError(f"{what} '{file}' cannot be written: {error.strerror or error}") from error
 
 
 # --- what can be measured ---

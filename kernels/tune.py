@@ -3,6 +3,9 @@
 Without an option it measures every kernel's candidates at its production shapes on the current CUDA device and writes
 the fastest into the user's table, or into the file of ``--out``. An entry is written where a candidate beats the
 defaults; pinned entries stay (:mod:`cxgrad_fast.kernels.launch`).
+
+The ways to convolve (:mod:`cxgrad_fast.kernels.conv_block.choice`) are listed and cleared with them, as
+``conv_block_ways``; they are measured at their first use, again after other settings were measured.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from torch import Tensor
 
 from cxgrad_fast.config import InputError
 from cxgrad_fast.kernels import backends, launch
+from cxgrad_fast.kernels.conv_block import choice
 from cxgrad_fast.kernels.launch import Entry, Question, Settings, Tunable
 
 _GAIN = 1.02  # less is noise
+_WAYS = "conv_block_ways"  # to convolve, as --kernel names them
 _AGREE = 1e-3  # relative difference to the defaults' results, which rounding never reaches
 
 
@@ -58,7 +63,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _list(kernel: str | None) -> None:
-    for architecture in launch.ARCHITECTURES:
+    if kernel in (None, _WAYS):
+        _list_ways()
+    for architecture in launch.ARCHITECTURES if kernel != _WAYS else ():
         print(architecture)
         for file in launch.files(architecture):
             entries = [entry for entry in launch.read(file) if kernel in (None, entry.kernel)]
@@ -67,8 +74,23 @@ def _list(kernel: str | None) -> None:
                 print(f"    {entry.key}: {_shown(entry.settings)} ({entry.source})")
 
 
+def _list_ways() -> None:
+    tables, way = choice.files(), choice.pinned()
+    print(_WAYS)
+    if way:
+        print(f"  {choice.VARIABLE}: {way} for every product")
+    for table in tables:
+        found = choice.read(table)
+        print(f"  {table}: {len(found) or 'no'} {'choice' if len(found) == 1 else 'choices'}")
+        for each in found:
+            print(f"    {each.key}: {each.way} ({each.source})")
+
+
 def _clear(kernel: str | None) -> None:
-    for architecture in launch.ARCHITECTURES:
+    if kernel in (None, _WAYS):
+        for forgotten in choice.forget():
+            print(f"{forgotten}: removed")
+    for architecture in launch.ARCHITECTURES if kernel != _WAYS else ():
         file = launch.user_file(architecture)
         if file is None or not file.exists():
             continue
@@ -102,6 +124,8 @@ def _tune(kernel: str | None, out: Path | None) -> None:
             launch.write(file, table.values())  # a run that is cut off leaves what it found
     launch.reload()
     print(f"{file}: {len(table)} entries")
+    for forgotten in choice.forget_measured():  # with other settings than these
+        print(f"{forgotten}: ways to convolve will be measured anew")
 
 
 def _architecture() -> str:

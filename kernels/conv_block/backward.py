@@ -8,23 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cxgrad_fast.kernels import launch
-from cxgrad_fast.kernels.conv_block.convolution import (
-    channels_last,
-    convolve,
-    empty_images,
-    gradient_of_z,
-    load_table,
-    pack,
-    store_narrowed,
-    weight_gradient,
-)
-from cxgrad_fast.kernels.conv_block.forward import (
-    block_sizes,
-    channel_table,
-    load_moments,
-    store_table,
-    table_type,
-)
+from cxgrad_fast.kernels.conv_block import ways
+from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, store_narrowed
+from cxgrad_fast.kernels.conv_block.forward import channel_table, load_moments, store_table, table_type
+from cxgrad_fast.kernels.conv_block.sums import block_sizes, gradient_of_z, load_table
 
 TABLE_ROWS = tl.constexpr(
     7
@@ -170,11 +157,11 @@ def push(
     dy: Tensor, x: Tensor, dx_weight: Tensor, need_x: bool, need_weight: bool, *, precision: str
 ) -> tuple[Tensor, Tensor]:
     """A gradient of a convolution's output to its input, for a weight, and to its weight, for an input ``x``."""
-    dx, dweight, kernel = dy.new_empty(0), dy.new_empty(0), dx_weight.shape[3]
+    dx, dweight = dy.new_empty(0), dy.new_empty(0)
     if need_x:
-        dx, _ = convolve(dy, pack(dx_weight, True, precision=precision), kernel, precision=precision)
+        dx = ways.transpose(dy, dx_weight, precision=precision)
     if need_weight:
-        dweight = weight_gradient(x, dy, kernel, precision=precision)
+        dweight = ways.weight_gradient(x, dy, dx_weight.shape[3], precision=precision)
     return dx, dweight
 
 

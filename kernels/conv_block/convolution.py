@@ -9,11 +9,12 @@ product). The filters are split once, when they are packed. Triton's own ``tf32x
 both parts again in shared memory and tests every sum for NaN: 541 instead of 295 instructions for the same products.
 The tensor cores' sums are rounded towards zero, so those of one block of the sum (32 products) are added to the rest
 outside, rounded to nearest.
+
+Few positions and many channels (ResNet-12's last block) are too few programs of too many steps each: the sum is cut in
+parts, which a second launch adds in their order.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,32 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cxgrad_fast.kernels import launch
+from cxgrad_fast.kernels.conv_block.sums import Context, Partials, partial_sums, sums_of, sums_with_u
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _PADDING = 64  # filters end on a multiple of this, whatever the block size along the sum
 _FEW = 8192  # positions of a task
 _PROGRAMS = 128  # of a task: half of what a large device runs at once
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the sums of a second derivative read beside u: MATH.md 1, and a :func:`channel_table`."""
-
-    y: Tensor
-    table: Tensor
-    q: Tensor
-    corners: Tensor
-    slope: float
-    pool: bool
-
-
-@dataclass(frozen=True)
-class Partials:
-    """Sums of blocks of positions, [T, blocks, quantities, C]."""
-
-    values: Tensor
-    block: int
+_LONG = 64  # steps of a sum that is worth cutting, and then a quarter of it is the shortest part
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -191,49 +174,6 @@ def pack(weight: Tensor, transposed: bool, *, precision: str) -> Tensor:
     return packed
 
 
-# --- where a position's gradient comes from ---
-
-
-@triton.jit
-def load_table(table, task, channel, row, C: tl.constexpr, ROWS: tl.constexpr):
-    """One row [1, N] of numbers of channels, from a table [T, ROWS, C]."""
-    return tl.load(table + (task * ROWS + row) * C + channel, mask=channel < C, other=0.0)[None, :]
-
-
-@triton.jit
-def pooled_position(position, H, W):
-    """Of positions (s H + h) W + w: that of their window in the pooled images, whether it is one, and their corner."""
-    h, w = position // W % H, position % W
-    i, j = h // 2, w // 2
-    whole = (i < H // 2) & (j < W // 2)
-    return (position // (H * W) * (H // 2) + i) * (W // 2) + j, whole, 2 * (w % 2) + h % 2
-
-
-@triton.jit
-def gradient_of_z(q, corners, unit, scale, bias, position, task, channel, inside, count, H, W, SLOPE, C, POOL):
-    """(dz, its offset in q, whether q is there, whether the slope applies), all [P, N].
-
-    dz is q behind the activation's derivative, at the largest of a window alone. ``position`` is [P], ``channel`` [N],
-    ``inside`` [P, N]; ``unit`` [P, N], the normalised convolution, tells where the slope applies without pooling.
-    """
-    if POOL:
-        pooled, whole, corner = pooled_position(position, H, W)
-        size = count // (H * W) * (H // 2) * (W // 2)
-        offset = (task * size + pooled)[:, None] * C + channel[None, :]
-        inside = inside & whole[:, None]
-        code = tl.load(corners + offset, mask=inside, other=0).to(tl.int32)
-        inside = inside & (code % 4 == corner[:, None])
-        dz = tl.load(q + offset, mask=inside, other=0.0).to(unit.dtype)
-        negative = code >= 4
-    else:
-        offset = (task * count + position)[:, None] * C + channel[None, :]
-        dz = tl.load(q + offset, mask=inside, other=0.0).to(unit.dtype)
-        negative = unit * scale + bias <= 0
-    if SLOPE != 1.0:
-        dz = tl.where(negative, dz * SLOPE, dz)
-    return dz, offset, inside, negative
-
-
 # --- launch settings ---
 
 
@@ -242,12 +182,13 @@ def _block_of_channels(channels: int) -> int:
     return min(64, max(16, triton.next_power_of_2(channels)))
 
 
-def _convolve_settings(how: str, count: int, inputs: int, outputs: int, kernel: int) -> dict[str, int]:
+def _convolve_settings(how: str, count: int, inputs: int, outputs: int, kernel: int, reductions: str) -> dict[str, int]:
     """Blocks for images of ``count`` positions a task, whatever the number of tasks: their bits do not depend on it.
 
     128 positions by 64 channels on 8 warps of 128 registers: two such blocks run on a multiprocessor and hide each
     other's waiting. Small images take blocks of half the size, for there to be enough of them, and three of those.
     What needs more registers gets them: short sums, which are unrolled, and channels that are loaded one by one.
+    ``SPLITS`` parts of the sum are programs of their own.
     """
     settings = {"BLOCK_M": 128, "BLOCK_N": _block_of_channels(outputs), "num_warps": 8, "num_stages": 3}
     settings["BLOCK_K"] = {"ieee": 16, "bfloat16": 64}.get(how, 32)
@@ -257,12 +198,18 @@ def _convolve_settings(how: str, count: int, inputs: int, outputs: int, kernel: 
         settings |= {"BLOCK_M": 64, "num_warps": 4}
     if how != "ieee" and kernel * kernel * inputs >= 256 and inputs % 8 == 0:
         settings["maxnreg"] = 128 if settings["num_warps"] == 8 else 168
+    programs = launch.divide(count, settings["BLOCK_M"]) * launch.divide(outputs, settings["BLOCK_N"])
+    steps = launch.divide(kernel * kernel * inputs, settings["BLOCK_K"])
+    settings["SPLITS"] = 1
+    if how != "ieee" and steps >= _LONG and programs < _PROGRAMS:
+        settings["SPLITS"] = min(launch.divide(2 * _PROGRAMS, programs), steps * 4 // _LONG)
     shape: dict[str, int | str] = {
         "products": how,
         "count": count,
         "inputs": inputs,
         "outputs": outputs,
         "taps": kernel * kernel,
+        "sums": reductions or "none",
     }
     return launch.settings("conv_block_convolve", settings, **shape)
 
@@ -294,40 +241,6 @@ def _span(count: int, blocks: int, step: int) -> int:
 # --- the convolution ---
 
 
-@triton.jit
-def _sums_with_u(
-    u,
-    partials,
-    y,
-    table,
-    q,
-    corners,
-    position,
-    task,
-    channel,
-    count,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SLOPE: tl.constexpr,
-    POOL: tl.constexpr,
-):
-    """partials [3, C]: sums of u [P, N], u unit and u dz over ``position`` [P]."""
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    mean, inverse = load_table(table, task, channel, 0, C, 4), load_table(table, task, channel, 1, C, 4)
-    scale, bias = load_table(table, task, channel, 2, C, 4), load_table(table, task, channel, 3, C, 4)
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
-    unit = (tl.load(y + at, mask=inside, other=0.0).to(u.dtype) - mean) * inverse
-    tl.store(partials + channel, tl.sum(u, 0), mask=channel < C)
-    tl.store(partials + C + channel, tl.sum(u * unit, 0), mask=channel < C)
-    if POOL:
-        tl.debug_barrier()
-    dz, _, _, _ = gradient_of_z(
-        q, corners, unit, scale, bias, position, task, channel, inside, count, H, W, SLOPE, C, POOL
-    )
-    tl.store(partials + 2 * C + channel, tl.sum(u * dz, 0), mask=channel < C)
-
-
 @triton.jit(do_not_specialize=["count"])
 def _convolve(
     x,
@@ -352,6 +265,7 @@ def _convolve(
     REDUCTIONS: tl.constexpr,
     SLOPE: tl.constexpr,
     POOL: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -362,6 +276,7 @@ def _convolve(
     channels are no power of two. ``partials`` [T, blocks, quantities, COUT] are sums of this block of positions:
     mean and squared deviations of ``out`` ("moments"), or sums of u, u (y - mean) and u dz for u = ``out``
     ("second", MATH.md 1). Blocks of one task run side by side, those of the same positions first: they share x.
+    With more than one of ``SPLITS`` out is [T, SPLITS, count, COUT], parts of the sum, and there are no partials.
     """
     accumulate: tl.constexpr = tl.float64 if PRODUCTS == "ieee" else tl.float32
     taps: tl.constexpr = KERNEL * KERNEL * CIN
@@ -378,7 +293,12 @@ def _convolve(
     filters = task * (parts * COUT * PADDED) + channel * PADDED
 
     total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
-    for step in range(SOURCES * steps):
+    begin, end = 0, SOURCES * steps
+    if SPLITS > 1:
+        span: tl.constexpr = (SOURCES * steps + SPLITS - 1) // SPLITS
+        begin = tl.program_id(2) * span
+        end = tl.minimum(begin + span, SOURCES * steps)
+    for step in range(begin, end):
         k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         first = step < steps
         images = tl.where(first, x, x2) if SOURCES == 2 else x
@@ -397,7 +317,10 @@ def _convolve(
 
     inside = inside[:, None] & (channel < COUT)[None, :]
     values = total.to(out.dtype.element_ty)
-    tl.store(out + ((task * count + position) * COUT)[:, None] + channel[None, :], values, mask=inside)
+    place = task
+    if SPLITS > 1:
+        place = task * SPLITS + tl.program_id(2)
+    tl.store(out + ((place * count + position) * COUT)[:, None] + channel[None, :], values, mask=inside)
 
     quantities: tl.constexpr = 2 if REDUCTIONS == "moments" else 3
     to = partials + (task * tl.cdiv(count, BLOCK_M) + block) * (quantities * COUT) + channel
@@ -412,11 +335,22 @@ def _convolve(
         first, last = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, half)), (0, 2, 1)))
         channel = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, half)
         to = partials + (task * tl.cdiv(count, BLOCK_M) + block) * (quantities * COUT)
-        _sums_with_u(first, to, y, table, q, corners, position, task, channel, count, H, W, COUT, SLOPE, POOL)
+        sums_with_u(first, to, y, table, q, corners, position, task, channel, count, H, W, COUT, SLOPE, POOL)
         tl.debug_barrier()  # or the compiler loads all of it first; what follows is made again for the same reason
         position = block * BLOCK_M + tl.arange(0, BLOCK_M)
         channel = tl.program_id(0) % blocks_n * BLOCK_N + half + tl.arange(0, half)
-        _sums_with_u(last, to, y, table, q, corners, position, task, channel, count, H, W, COUT, SLOPE, POOL)
+        sums_with_u(last, to, y, table, q, corners, position, task, channel, count, H, W, COUT, SLOPE, POOL)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _add_parts(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [T, size] = the sum of parts [T, SPLITS, size], in their order."""
+    task = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLITS):
+        total += tl.load(parts + (task * SPLITS + part) * size + at, mask=at < size, other=0.0)
+    tl.store(out + task * size + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
 def convolve(
@@ -445,19 +379,22 @@ def convolve(
     outputs, padded = packed.shape[2:]
     count = images * height * width
     how = products(x.dtype, precision)
-    settings = _convolve_settings(how, count, inputs, outputs, kernel)
-    out = empty_images(x, outputs, height, width)
-    blocks, quantities = launch.divide(count, settings["BLOCK_M"]), {"moments": 2, "second": 3}.get(reductions, 0)
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partials = x.new_empty((tasks, blocks, quantities, outputs), dtype=sums) if quantities else None
+    settings = _convolve_settings(how, count, inputs, outputs, kernel, reductions)
+    out, splits = empty_images(x, outputs, height, width), settings["SPLITS"]
+    blocks = launch.divide(count, settings["BLOCK_M"])
+    to, partials = out, None
+    if splits > 1:
+        to = x.new_empty((tasks, splits, count, outputs), dtype=torch.float32)
+    elif reductions:
+        partials = partial_sums(out, blocks, reductions)
     x2, packed2 = second or (x, packed)
     seen = context or Context(out, out, out, out, 1.0, False)
-    _convolve[(blocks * launch.divide(outputs, settings["BLOCK_N"]), tasks)](
+    _convolve[(blocks * launch.divide(outputs, settings["BLOCK_N"]), tasks, splits)](
         x,
         packed,
         x2,
         packed2,
-        out,
+        to,
         out if partials is None else partials,
         seen.y,
         seen.table,
@@ -472,17 +409,16 @@ def convolve(
         PADDED=padded,
         SOURCES=1 if second is None else 2,
         PRODUCTS=how,
-        REDUCTIONS=reductions,
+        REDUCTIONS=reductions if splits == 1 else "",
         SLOPE=seen.slope,
         POOL=seen.pool,
         **settings,
     )
+    if splits > 1:
+        size, block = count * outputs, 1024
+        _add_parts[(launch.divide(size, block), tasks)](to, out, size, SPLITS=splits, BLOCK=block, num_warps=4)
+        return out, sums_of(out, reductions, context) if reductions else None
     return out, None if partials is None else Partials(partials, settings["BLOCK_M"])
-
-
-def convolution(x: Tensor, weight: Tensor, *, precision: str) -> Tensor:
-    """``weight`` [T, Cout, Cin, k, k] over images [T, S, Cin, H, W]: [T, S, Cout, H, W], channels last in memory."""
-    return convolve(channels_last(x), pack(weight, False, precision=precision), weight.shape[3], precision=precision)[0]
 
 
 # --- the gradient in the filters ---

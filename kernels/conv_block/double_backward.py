@@ -11,26 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cxgrad_fast.kernels import launch
+from cxgrad_fast.kernels.conv_block import ways
 from cxgrad_fast.kernels.conv_block.backward import load_partials, merge_blocks, push, store_linear
-from cxgrad_fast.kernels.conv_block.convolution import (
-    Context,
-    Partials,
-    channels_last,
-    convolve,
-    empty_images,
-    gradient_of_z,
-    load_table,
-    pack,
-    store_narrowed,
-    widened,
-)
-from cxgrad_fast.kernels.conv_block.forward import (
-    block_sizes,
-    channel_table,
-    load_moments,
-    store_table,
-    table_type,
-)
+from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, store_narrowed, widened
+from cxgrad_fast.kernels.conv_block.forward import channel_table, load_moments, store_table, table_type
+from cxgrad_fast.kernels.conv_block.sums import Context, Partials, block_sizes, gradient_of_z, load_table
 
 # the seven rows of a first derivative, then what q's gradient, k u + unit (Ge - k Suy/n) + B - k Su/n, and y's take:
 # Ge - k Suy/n, B - k Su/n; r a, r d, r S0/n, r R/n
@@ -203,17 +188,14 @@ def double_backward(
     pairs = []
     if on_x is not None:
         on_x = channels_last(on_x)
-        pairs.append((on_x, pack(weight, False, precision=precision)))
+        pairs.append((on_x, weight))
     if on_weight is not None:
-        pairs.append((channels_last(x), pack(on_weight, False, precision=precision)))
+        pairs.append((channels_last(x), on_weight))
     u: Tensor | None = None
     partials: Partials | None = None
     if pairs:
         context = Context(y, channel_table(moments, scale, bias, eps), q, corners, slope, pool)
-        second = pairs[1] if len(pairs) == 2 else None
-        u, partials = convolve(
-            *pairs[0], weight.shape[3], second=second, reductions="second", context=context, precision=precision
-        )
+        u, partials = ways.second(pairs, context, precision=precision)
 
     scale_gradient, eps_gradient = x.new_empty((tasks, channels)), x.new_empty(tasks)
     table = x.new_empty((tasks, TABLE_ROWS.value, channels), dtype=table_type(x.dtype))

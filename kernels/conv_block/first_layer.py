@@ -23,10 +23,10 @@ from cxgrad_fast.kernels.conv_block.convolution import (
     _tf32,
     channels_last,
     empty_images,
-    load_table,
     products,
 )
 from cxgrad_fast.kernels.conv_block.forward import load_moments, store_table, table_type
+from cxgrad_fast.kernels.conv_block.sums import load_table
 
 _ROWS = tl.constexpr(4)  # of a table, whichever pass it is for
 

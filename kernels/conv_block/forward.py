@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cxgrad_fast.kernels import launch
-from cxgrad_fast.kernels.conv_block.convolution import channels_last, convolve, empty_images, load_table, pack, widened
+from cxgrad_fast.kernels.conv_block import ways
+from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, widened
+from cxgrad_fast.kernels.conv_block.sums import block_sizes, load_table
 
 TABLE_ROWS = tl.constexpr(4)  # mean, inverse deviation, scale, bias
 
@@ -167,13 +167,6 @@ def _activate(
     tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
 
 
-def block_sizes(kernel: str, elements: int, warps: int = 4, **shape: Any) -> dict[str, int]:
-    """Of a pass over positions and channels, of so many elements a program."""
-    block = min(64, triton.next_power_of_2(shape["channels"]))
-    defaults = {"BLOCK_P": min(256, elements // block), "BLOCK_C": block, "num_warps": warps}
-    return launch.settings(kernel, defaults, **shape)
-
-
 def _activated(y: Tensor, table: Tensor, slope: float, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, selected, corners) of the convolution ``y``."""
     tasks, images, channels, height, width = y.shape
@@ -210,9 +203,7 @@ def forward(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor, slope: float, pool: bool, *, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, y, selected, corners, moments) as in csrc/conv_block.h."""
-    packed = pack(weight, False, precision=precision)
-    y, partials = convolve(channels_last(x), packed, weight.shape[3], reductions="moments", precision=precision)
-    assert partials is not None
+    y, partials = ways.convolution(channels_last(x), weight, precision=precision)
     tasks, images, channels, height, width = y.shape
     moments = x.new_empty((tasks, 2, channels), dtype=torch.float64)
     table = x.new_empty((tasks, TABLE_ROWS.value, channels), dtype=table_type(x.dtype))
