@@ -3,8 +3,8 @@
     python bench/gpu_table.py [--size full|small|tiny] [--seconds 3] [--out FOLDER]
 
 ``full``: Conv-4/48 5w1s with 4 tasks, 5w5s with 2, 4 and 16, ResNet-12, each in every precision that the learner has,
-with and without ``--compile``, and on CUDA the largest meta-batch of 5w5s that fits. ``small`` and ``tiny`` are for CPUs and for tests. A row that cannot
-run keeps its place and says why. Against other programs: bench/episodes.py.
+with and without ``--compile``, and on CUDA the largest meta-batch of 5w5s that fits. ``small`` and ``tiny`` are for
+CPUs and for tests. A row that cannot run keeps its place and says why. Against other programs: bench/episodes.py.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Isolated:
         self._answer(STARTING_S)
 
     def build(self, config: Config, episodes: Episodes, parameters: Parameters) -> None:
-        sets = {part: getattr(episodes, part).numpy() for part in Episodes.__dataclass_fields__}
+        sets = {part: tensor.numpy() for part, tensor in vars(episodes).items() if isinstance(tensor, Tensor)}
         self._ask("build", config, sets, _arrays(parameters))
 
     def load(self, parameters: Parameters) -> None:
