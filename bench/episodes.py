@@ -183,8 +183,8 @@ def _judged(row: Row, verdict: Verdict) -> Row:
 
 
 def _counted(row: Row, host: Host) -> Row:
-    """With its operators, which cost one more step: not of a side that is one program, or has no time left."""
-    if row.reason or row.side in COMPILING:
+    """With its operators, which cost one more step: not of another's one program, or where there is no time left."""
+    if row.reason or (row.side in COMPILING and not row.side.startswith("ours")):
         return row
     try:
         return replace(row, operators=host.operators())

@@ -15,6 +15,7 @@ from functional import limits, loss_and_gradients
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, InputError, Learner, reference
+from cxgrad_fast.engine import StaticGradients
 from cxgrad_fast.kernels import backends
 
 Parameters = Mapping[str, Tensor]
@@ -67,13 +68,17 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 class Ours:
-    """:class:`cxgrad_fast.Learner` on one backend."""
+    """:class:`cxgrad_fast.Learner` on one backend, with ``--compile`` or without."""
 
-    def __init__(self, backend: str, config: Config, episodes: Episodes, parameters: Parameters) -> None:
+    def __init__(
+        self, backend: str, is_compiled: bool, config: Config, episodes: Episodes, parameters: Parameters
+    ) -> None:
         try:
-            self._learner = Learner(config.override({"run.backend": backend}))
+            self._learner = Learner(config.override({"run.backend": backend, "run.compile": is_compiled}))
         except InputError as error:
             raise Unavailable(str(error)) from None
+        if isinstance(self._learner._gradients, StaticGradients):
+            self._learner._gradients.static._trials = 0  # the program itself is to be timed, also where it is slower
         self._episodes = episodes.to(self._learner.device, self._learner.dtype)
         self.load(parameters)
 
@@ -172,8 +177,8 @@ def _func_vmap_compiled(config: Config, episodes: Episodes, parameters: Paramete
     return _func_vmap(config, episodes, parameters, compiled=True)
 
 
-def _ours(backend: str) -> Factory:
-    return lambda config, episodes, parameters: Ours(backend, config, episodes, parameters)
+def _ours(backend: str, is_compiled: bool = False) -> Factory:
+    return lambda config, episodes, parameters: Ours(backend, is_compiled, config, episodes, parameters)
 
 
 def _jax(vmap: bool) -> Factory:
@@ -200,7 +205,7 @@ def _learn2learn(config: Config, episodes: Episodes, parameters: Parameters) -> 
 def refusal(name: str, config: Config) -> str:
     """Why a side cannot run, as far as that is known without starting it; empty where it may."""
     if name.startswith("ours-"):
-        return backends.availability()[name.removeprefix("ours-")]
+        return backends.availability()[name.removeprefix("ours-").removesuffix(_COMPILED)]
     if name in ("higher", "learn2learn") and config.inner.algorithm != "maml":
         return "MAML only: compared with ours under inner.algorithm = maml"
     package = _PACKAGES.get(name, "torch")
@@ -208,13 +213,16 @@ def refusal(name: str, config: Config) -> str:
 
 
 BASELINE = "loop"
+_COMPILED = "-compiled"
 _PACKAGES = {"jax-vmap": "jax", "jax-map": "jax", "higher": "higher", "learn2learn": "learn2learn"}
 # their first step holds a compilation, too dear to be paid once more for a small case
-COMPILING = ("func-vmap-compiled", "jax-vmap", "jax-map")
+COMPILING = ("func-vmap-compiled", "jax-vmap", "jax-map", "ours-cpp-compiled", "ours-triton-compiled")
 SIDES: dict[str, Factory] = {
     "ours-reference": _ours("reference"),
     "ours-cpp": _ours("cpp"),
+    "ours-cpp-compiled": _ours("cpp", is_compiled=True),
     "ours-triton": _ours("triton"),
+    "ours-triton-compiled": _ours("triton", is_compiled=True),
     BASELINE: _loop,
     "func-vmap": _func_vmap,
     "func-vmap-compiled": _func_vmap_compiled,
