@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from cxgrad_fast.algorithms import FastState, build_inner_loop
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine import (
+    ALONE,
     CapturedStep,
     CudaGraphs,
     Engine,
@@ -22,7 +24,9 @@ from cxgrad_fast.engine import (
     MetaLoss,
     NonFiniteLossError,
     Pending,
+    Ranks,
     RunningStatistics,
+    SharedGradients,
     StaticGradients,
     memory,
     predictions_of,
@@ -41,6 +45,7 @@ class Learner:
 
     Args:
         config: a Config, from :func:`cxgrad_fast.preset`.
+        ranks: the processes that train it together, from :func:`cxgrad_fast.engine.join_ranks`.
 
     Attributes:
         meta_parameters: name -> leaf tensor: the backbone (``features.0.weight``, ``features.0.norm.weight``,
@@ -51,9 +56,9 @@ class Learner:
         InputError: a device, precision, backend or mode that this version or machine does not have.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config = config
-        self.device = _device(config.run.device)
+        self.device = ranks.place(_device(config.run.device))
         self.dtype = _dtype(config)
         with use_backend(config.run.backend):
             pass  # an impossible choice is an error now, not in the first step
@@ -77,6 +82,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.meta_parameters.values(), lr=rate, **self._adam)
         self._statistics = RunningStatistics(self.device)
         self._gradients: Gradients = self._loss_and_gradients
+        self._sharing = SharedGradients(config, ranks)
         self._captured: CapturedStep | None = None
         self._predictions = predictions_of(config, self.engine, self.device)
         self._prepare()
@@ -92,7 +98,8 @@ class Learner:
 
     def _captured_step(self, graphs: Graphs) -> CapturedStep:
         parameters = list(self.meta_parameters.values())
-        return CapturedStep(parameters, self.optimizer, self._loss_and_gradients, self._statistics, graphs)
+        gradients = partial(self._sharing, self._loss_and_gradients)
+        return CapturedStep(parameters, self.optimizer, gradients, self._statistics, graphs)
 
     @property
     def running_statistics(self) -> dict[str, LayerStatistics]:
@@ -153,8 +160,12 @@ class Learner:
     def meta_step(self, episodes: Episodes) -> MetaLoss:
         """One step of meta-training: meta-loss, its gradients, Adam's update. Returns the meta-loss before it.
 
+        With several ranks ``episodes`` are this rank's, ``ranks.shard(config.outer.meta_batch)``; all call it, and get
+        the meta-loss of the whole meta-batch.
+
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite; parameters and optimizer stay as they were.
+            RankLostError: another rank did not take part; the same.
             ValueError: as :meth:`meta_loss`.
         """
         return self.start_step(episodes).result()
@@ -166,14 +177,15 @@ class Learner:
             NonFiniteLossError: as :meth:`meta_step`, here or from the result.
             ValueError: as :meth:`meta_loss`.
         """
-        episodes = self._checked(episodes)
+        has_work = self._sharing.has_work(episodes)
+        episodes = self._checked(episodes) if has_work else episodes.to(self.device, self.dtype)
         with use_backend(self.config.run.backend):
             if self._captured is not None:
                 if (pending := self._captured.start(episodes)) is not None:
                     return pending
                 self._captured = None
             parameters = list(self.meta_parameters.values())
-            out, gradients = self._gradients(parameters, episodes)
+            out, gradients = self._sharing(self._gradients, parameters, episodes)
         finite = torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
         if not finite:
             raise NonFiniteLossError(bool(out.loss.isfinite()))

@@ -1,6 +1,14 @@
 """One meta-step over a batch of tasks."""
 
 from cxgrad_fast.engine.captured import CudaGraphs, Graphs
+from cxgrad_fast.engine.distributed import (
+    ALONE,
+    RankLostError,
+    Ranks,
+    SharedGradients,
+    ToldElsewhereError,
+    join_ranks,
+)
 from cxgrad_fast.engine.memory import MemoryPlan
 from cxgrad_fast.engine.meta_loss import Engine, MetaLoss
 from cxgrad_fast.engine.prediction import predictions_of
@@ -8,6 +16,7 @@ from cxgrad_fast.engine.static import Gradients, StaticGradients
 from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics
 
 __all__ = [
+    "ALONE",
     "CapturedStep",
     "CudaGraphs",
     "Engine",
@@ -17,7 +26,12 @@ __all__ = [
     "MetaLoss",
     "NonFiniteLossError",
     "Pending",
+    "RankLostError",
+    "Ranks",
     "RunningStatistics",
+    "SharedGradients",
     "StaticGradients",
+    "ToldElsewhereError",
+    "join_ranks",
     "predictions_of",
 ]
