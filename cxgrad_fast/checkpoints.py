@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast.config import Config, InputError
+from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.learner import Learner
 
 FORMAT, VERSION = "cxgrad_fast checkpoint", 1
@@ -78,13 +79,15 @@ class Checkpoint:
     source: str = ""
     episode: dict[str, Any] = field(default_factory=dict)
 
-    def learner(self, file: Path, config: Config | None = None, optimizer: bool = False) -> Learner:
-        """A Learner in this state, under ``config`` if given.
+    def learner(
+        self, file: Path, config: Config | None = None, optimizer: bool = False, ranks: Ranks = ALONE
+    ) -> Learner:
+        """A Learner in this state, under ``config`` if given, on one of ``ranks``.
 
         Raises:
             InputError: the state does not fit the settings (``file`` is named).
         """
-        learner = Learner(config or self.config)
+        learner = Learner(config or self.config, ranks)
         try:
             learner.load_state_dict(self.state, optimizer=optimizer)
         except ValueError as error:

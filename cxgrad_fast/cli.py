@@ -182,6 +182,7 @@ class Progress:
         done: where it starts (a resumed run).
         every: seconds between plain lines.
         clock: seconds; a test may bring its own.
+        is_shown: False for the ranks that leave it to another to tell.
     """
 
     def __init__(
@@ -191,11 +192,13 @@ class Progress:
         done: int = 0,
         every: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
+        is_shown: bool = True,
     ) -> None:
+        self._is_shown = is_shown
         self._label, self._total, self._start, self._every, self._clock = label, total, done, every, clock
         self._began = self._last = clock()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
@@ -208,7 +211,7 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = self._clock()
-        if now - self._last >= self._every:
+        if self._is_shown and now - self._last >= self._every:
             self._last = now
             left = (self._total - done) * (now - self._began) / max(done - self._start, 1)
             parts = [f"{self._label} {done}/{self._total}", shown, f"{clock_time(left)} remaining"]

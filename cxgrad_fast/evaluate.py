@@ -18,6 +18,7 @@ from cxgrad_fast.checkpoints import read_checkpoint, read_torch_file
 from cxgrad_fast.cli import Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
+from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.learner import Learner
 from cxgrad_fast.runs import best_files
@@ -95,6 +96,7 @@ def predict_tasks(
     tasks_per_batch: int,
     statistics: str | None = None,
     report: Callable[[int], None] = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """The ensemble's answers to tasks ``0 .. tasks - 1`` of a sampler.
 
@@ -104,19 +106,32 @@ def predict_tasks(
         tasks: how many.
         tasks_per_batch: adapted at once.
         statistics: as for :meth:`Learner.predict`.
-        report: called with the number of tasks done after each batch; what it raises ends the job.
+        report: called with the number of tasks done after each batch, or each round of a batch a rank; what it raises
+            ends the job.
+        ranks: who shares the batches; all get all answers, one process's to the bit.
 
     Returns:
         logits ``[tasks, N*Q, N]``, the mean over the models of their raw logits (not of their probabilities), and
         labels ``[tasks, N*Q]``, both on the CPU.
+
+    Raises:
+        RankLostError: a rank did not take part.
     """
     logits, labels = [], []
-    for start in range(0, tasks, tasks_per_batch):
-        episodes = sampler.sample(start, min(tasks_per_batch, tasks - start))
-        outputs = torch.stack([learner.predict(episodes, statistics).cpu() for learner in learners])
-        logits.append(outputs.mean(0))
-        labels.append(episodes.query_y.cpu())
-        report(start + len(episodes))
+    for start in range(0, tasks, tasks_per_batch * ranks.size):
+        count = min(tasks_per_batch * ranks.size, tasks - start)
+        own = slice(*(min(tasks_per_batch * rank, count) for rank in (ranks.rank, ranks.rank + 1)))
+        episodes = sampler.sample(start + own.start, own.stop - own.start)
+        if len(episodes):
+            outputs = torch.stack([learner.predict(episodes, statistics).cpu() for learner in learners]).mean(0)
+        else:
+            outputs = torch.zeros(*episodes.query_y.shape, learners[0].config.task.ways, dtype=learners[0].dtype)
+        found = [outputs, episodes.query_y.cpu()]
+        if ranks.size > 1:
+            found = ranks.total(ranks.rows(found, own, count))
+        logits.append(found[0])
+        labels.append(found[1])
+        report(start + count)
     return torch.cat(logits), torch.cat(labels)
 
 

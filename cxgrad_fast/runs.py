@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
-from cxgrad_fast.checkpoints import Checkpoint, read_checkpoint, write_atomic, write_checkpoint
+from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_atomic, write_checkpoint
 from cxgrad_fast.config import InputError
 from cxgrad_fast.learner import Learner
 
@@ -168,6 +168,10 @@ class Run:
         """TensorBoard scalars alone: what differs between equal runs, such as times."""
         self._events.write(iteration, scalars)
 
+    def save_best(self, best: Best, checkpoint: Checkpoint) -> None:
+        """One of the best models, before :meth:`save` names it in latest.pt."""
+        write_checkpoint(self.folder / best.file, checkpoint)
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace latest.pt; then the best models it no longer names can go."""
         write_checkpoint(self.folder / LATEST, checkpoint)
@@ -178,6 +182,30 @@ class Run:
         for file in self.folder.glob("best-*.pt"):
             if file.name not in kept:
                 file.unlink()
+
+
+class FollowedRun(Run):
+    """The run on the ranks that do not write: the same calls, and nothing happens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is open."""
+
+    def log(self, iteration: int, split: str, **values: float) -> None:
+        """Rank 0 does."""
+
+    def log_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Rank 0 does."""
+
+    def save_best(self, best: Best, checkpoint: Checkpoint) -> None:
+        """Rank 0 does."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Rank 0 does."""
 
 
 class _Appender:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -22,12 +22,26 @@ from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_ato
 from cxgrad_fast.cli import DEFAULT_PRESET, Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
+from cxgrad_fast.engine import RankLostError, Ranks, ToldElsewhereError, join_ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
 from cxgrad_fast.learner import Learner, NonFiniteLossError
-from cxgrad_fast.runs import LATEST, Run, best_files, check_writable, draw_curves, latest_file, source_version
+from cxgrad_fast.runs import (
+    LATEST,
+    FollowedRun,
+    Run,
+    best_files,
+    check_writable,
+    draw_curves,
+    latest_file,
+    source_version,
+)
+from cxgrad_fast.signals import Interrupted, Signals
 
-NON_FINITE = 3  # exit code
+# exit codes
+BAD_INPUT = 2
+NON_FINITE = 3
+RANK_LOST = 4
 
 # settings that a resumed run may change: they say where and for how long, not what is computed
 RESUMABLE = frozenset(
@@ -45,48 +59,13 @@ RESUMABLE = frozenset(
 )
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; raised only where the session may be saved."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
-
-
-class Signals:
-    """While open, SIGINT and SIGTERM wait for :meth:`check`; after the first, SIGINT kills at once."""
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
-        if self._received:
-            raise Interrupted(self._received)
-
-
 @dataclass
 class Session:
     """A training run in memory; :meth:`checkpoint` is what of it outlives the process.
 
     Attributes:
         samplers: by their part in the run: train, val, test, cross-domain.
+        ranks: the processes that train it; all but the first keep what they find to themselves.
         iteration: meta-updates done.
         validated: iteration of the last validation.
         best: best models so far, best first.
@@ -97,6 +76,7 @@ class Session:
     samplers: dict[str, EpisodeSampler]
     fingerprints: dict[str, str]
     source: str
+    ranks: Ranks
     iteration: int = 0
     validated: int = 0
     best: list[Best] = field(default_factory=list)
@@ -124,13 +104,33 @@ class Session:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises InputError for what :func:`cxgrad_fast.cli.run_command` prints."""
-    parser = _parser()
-    options, settings = parser.parse(argv)
+    with ExitStack() as stack:
+        try:
+            ranks = stack.enter_context(join_ranks())
+            if not ranks.is_first:
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            return _main(argv, ranks)
+        except ToldElsewhereError:
+            return BAD_INPUT
+        except RankLostError as error:
+            print(f"error: a rank was lost before the run began: {error}", file=sys.stderr)
+            return RANK_LOST
+
+
+def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    options, settings = ranks.together(lambda: _parser().parse(argv))
     if options.compile:
         settings["run.compile"] = True
-    session, run = _start(options, settings) if options.resume is None else _resume(options, settings)
-    with run, Signals() as signals:
+    session, run = (_start if options.resume is None else _resume)(options, settings, ranks)
+
+    def stuck() -> None:
+        _tell_lost(session, run, saves=False)
+        os._exit(RANK_LOST)
+
+    with run, Signals(ranks, stuck) as signals:
         where = f"{session.learner.device}, {session.config.run.precision}"
+        if ranks.size > 1:
+            where += f", {ranks.size} ranks"
         print(
             f"run {run.folder}: {session.config.inner.algorithm} on {where}, from iteration {session.iteration}",
             flush=True,
@@ -147,51 +147,70 @@ def _parser() -> Parser:
     return parser
 
 
-def _start(options: Any, settings: dict[str, object]) -> tuple[Session, Run]:
+def _start(options: Any, settings: dict[str, object], ranks: Ranks) -> tuple[Session, Run]:
     """A new session and its folder, which is made only when nothing else can be wrong any more."""
-    config = build_config(options.preset, options.config, settings)
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(options.out or f"runs/{config.preset}-{now}")
-    check_writable(folder)
-    session = _open_session(config)
+
+    def planned() -> tuple[Config, Path]:
+        config = build_config(options.preset, options.config, settings)
+        now = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = Path(options.out or f"runs/{config.preset}-{now}")
+        check_writable(folder)
+        return config, folder
+
+    config, folder = ranks.from_first(planned)
+    session = ranks.in_turn(lambda: _open_session(config, ranks))
     torch.manual_seed(config.run.seed)
-    return session, Run.create(folder, session.checkpoint())
+    return session, _open_run(ranks, folder, lambda: Run.create(folder, session.checkpoint()))
 
 
-def _resume(options: Any, settings: dict[str, object]) -> tuple[Session, Run]:
-    """The session of a run's latest checkpoint, and its folder."""
-    for name in ("preset", "config", "out"):
-        if getattr(options, name):
-            raise InputError(f"--{name} does not go with --resume: the run brings its own settings and folder")
+def _resume(options: Any, settings: dict[str, object], ranks: Ranks) -> tuple[Session, Run]:
+    """The session of a run's latest checkpoint, and its folder; any number of ranks may have written it."""
     folder = Path(options.resume)
-    latest = latest_file(folder)
-    saved = read_checkpoint(latest)
-    config = saved.config.override(settings)
-    old, new = saved.config.flat(), config.flat()
-    for name in new:
-        if new[name] != old[name] and name not in RESUMABLE:
-            raise InputError(
-                f"setting '{name}' (={new[name]}) cannot change in a resumed run (there: {old[name]}): "
-                "it would change its numbers, start a new run for it"
-            )
-    check_writable(folder)
-    session = _open_session(config)
-    for part, fingerprint in session.fingerprints.items():
-        if fingerprint != saved.fingerprints.get(part):
-            pool = session.samplers[part].pool
-            raise InputError(
-                f"the images of {pool.source}, split '{pool.split}', are not those that run '{folder}' was trained "
-                "with: bring those back, or start a new run"
-            )
-    session.learner = saved.learner(latest, config, optimizer=True)
-    session.iteration, session.validated, session.best = saved.iteration, saved.validated, list(saved.best)
+
+    def planned() -> tuple[Checkpoint, Config]:
+        for name in ("preset", "config", "out"):
+            if getattr(options, name):
+                raise InputError(f"--{name} does not go with --resume: the run brings its own settings and folder")
+        saved = read_checkpoint(latest_file(folder))
+        config = saved.config.override(settings)
+        old, new = saved.config.flat(), config.flat()
+        for name in new:
+            if new[name] != old[name] and name not in RESUMABLE:
+                raise InputError(
+                    f"setting '{name}' (={new[name]}) cannot change in a resumed run (there: {old[name]}): "
+                    "it would change its numbers, start a new run for it"
+                )
+        check_writable(folder)
+        return saved, config
+
+    saved, config = ranks.from_first(planned)
+
+    def opened() -> Session:
+        session = _open_session(config, ranks)
+        for part, fingerprint in session.fingerprints.items():
+            if fingerprint != saved.fingerprints.get(part):
+                pool = session.samplers[part].pool
+                raise InputError(
+                    f"the images of {pool.source}, split '{pool.split}', are not those that run '{folder}' was trained "
+                    "with: bring those back, or start a new run"
+                )
+        session.learner = saved.learner(folder / LATEST, config, optimizer=True, ranks=ranks)
+        session.iteration, session.validated, session.best = saved.iteration, saved.validated, list(saved.best)
+        return session
+
+    session = ranks.in_turn(opened)
     _restore_rng(saved.rng, session.learner.device)
-    return session, Run(folder, session.checkpoint())
+    return session, _open_run(ranks, folder, lambda: Run(folder, session.checkpoint()))
 
 
-def _open_session(config: Config) -> Session:
+def _open_run(ranks: Ranks, folder: Path, open_it: Callable[[], Run]) -> Run:
+    """The run's folder, which rank 0 alone writes."""
+    return ranks.together(lambda: open_it() if ranks.is_first else FollowedRun(folder))
+
+
+def _open_session(config: Config, ranks: Ranks) -> Session:
     """Learner and data of a Config; everything that can be wrong with either is found here."""
-    learner = Learner(config)
+    learner = Learner(config, ranks)
     pools = {split: open_pool(config, split) for split in SPLITS}
     if config.data.cross_domain:
         pools["cross-domain"] = open_pool(config, "test", source=config.data.cross_domain)
@@ -199,7 +218,7 @@ def _open_session(config: Config) -> Session:
     for part in ("train", "val"):
         pools[part] = pools[part].to(learner.device)  # the others are used once, at the end
     samplers = {part: EpisodeSampler(pool, config, learner.dtype) for part, pool in pools.items()}
-    return Session(config, learner, samplers, fingerprints, source_version())
+    return Session(config, learner, samplers, fingerprints, source_version(), ranks)
 
 
 def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
@@ -209,19 +228,58 @@ def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
         _test(session, run, signals)
     except Interrupted as stop:
         run.save(session.checkpoint())
-        draw_curves(run.folder)
-        again = f"python -m cxgrad_fast.train --resume {shlex.quote(str(run.folder))}"
-        print(f"{stop}: saved after iteration {session.iteration}; go on with: {again}", flush=True)
+        if session.ranks.is_first:
+            draw_curves(run.folder)
+        print(f"{stop}: saved after iteration {session.iteration}; go on with: {_go_on(session, run)}", flush=True)
         return stop.exit_code
     except NonFiniteLossError as error:
-        print(f"error: {_save_non_finite(session, run, error)}", file=sys.stderr)
+        if session.ranks.is_first:
+            print(f"error: {_save_non_finite(session, run, error)}", file=sys.stderr)
         return NON_FINITE
+    except RankLostError as error:
+        _tell_lost(session, run, saves=True, cause=str(error))
+        if session.learner.device.type == "cuda":
+            os._exit(RANK_LOST)  # where NCCL waits for the dead, leaving would too
+        return RANK_LOST
     return 0
+
+
+def _go_on(session: Session, run: Run) -> str:
+    """The command that continues the run."""
+    size = session.ranks.size
+    launcher = "python" if size == 1 else f"torchrun --nproc-per-node={size}"
+    return f"{launcher} -m cxgrad_fast.train --resume {shlex.quote(str(run.folder))}"
+
+
+def _tell_lost(session: Session, run: Run, saves: bool, cause: str = "") -> None:
+    """One line from one of the ranks that live; where that is the first, after a last checkpoint."""
+    ranks, latest, iteration = session.ranks, run.folder / LATEST, session.iteration
+    lost = ranks.lost()
+    if ranks.rank != next(rank for rank in range(ranks.size) if rank not in lost):
+        return
+    if ranks.is_first and saves:
+        run.save(session.checkpoint())
+    else:
+        try:
+            iteration = read_checkpoint(latest).iteration
+        except InputError:  # on rank 0's machine alone
+            iteration = -1
+    names = ", ".join(map(str, lost))
+    who = f"rank{'s' * (len(lost) > 1)} {names} of {ranks.size} {'were' if len(lost) > 1 else 'was'} lost"
+    if not lost:
+        who = f"the {ranks.size} ranks lost each other" + f" ({cause})" * bool(cause)
+    stands = f"iteration {iteration}" if iteration >= 0 else "where rank 0 ran"
+    print(
+        f"error: {who} at iteration {session.iteration + 1}; the run stands at {latest} ({stands}); "
+        f"go on with: {_go_on(session, run)}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _train(session: Session, run: Run, signals: Signals) -> None:
     config = session.config
-    progress = Progress("training", config.outer.iterations, session.iteration)
+    progress = Progress("training", config.outer.iterations, session.iteration, is_shown=session.ranks.is_first)
     recent: deque[tuple[float, float, float]] = deque(maxlen=50)
     try:
         while True:
@@ -242,7 +300,8 @@ def _step(session: Session, run: Run) -> tuple[float, float, float]:
     """One meta-update and its rows; loss, accuracy and seconds."""
     began = time.perf_counter()
     meta_batch = session.config.outer.meta_batch
-    episodes = session.samplers["train"].sample(session.iteration * meta_batch, meta_batch)
+    own = session.ranks.shard(meta_batch)
+    episodes = session.samplers["train"].sample(session.iteration * meta_batch + own.start, own.stop - own.start)
     out = session.learner.meta_step(episodes)
     support = out.support_losses.detach().mean(0)
     passes = [support[0], support[-1]] if len(support) else []
@@ -269,6 +328,7 @@ def _validate(session: Session, run: Run, signals: Signals) -> str:
         evaluation.validation_tasks,
         tasks_per_batch=evaluation.tasks_per_batch,
         report=lambda done: signals.check(),
+        ranks=session.ranks,
     )
     result = score(logits, labels)
     now = Best(session.iteration, result.accuracy)
@@ -279,7 +339,7 @@ def _validate(session: Session, run: Run, signals: Signals) -> str:
     run.log(session.iteration, "val", loss=result.loss, accuracy=result.accuracy, interval=result.tasks_interval)
     checkpoint = session.checkpoint()
     if now in session.best:
-        write_checkpoint(run.folder / now.file, checkpoint)
+        run.save_best(now, checkpoint)
     run.save(checkpoint)
     rank = f"number {session.best.index(now) + 1} so far" if now in session.best else "not among the best"
     return f"iteration {session.iteration}: validation accuracy {100 * result.accuracy:.2f} %, {rank}"
@@ -287,36 +347,41 @@ def _validate(session: Session, run: Run, signals: Signals) -> str:
 
 def _test(session: Session, run: Run, signals: Signals) -> None:
     """The ensemble of the best models on the test tasks of each set: printed, and in result.json."""
-    config = session.config
-    files = best_files(run.folder, config.evaluation.ensemble)
-    learners = [read_checkpoint(file).learner(file, config) for file in files]
-    print(
-        f"ensemble of {len(files)}: {', '.join(file.name for file in files)}\n{explain_statistics(config)}", flush=True
-    )
-    results: dict[str, Any] = {"models": [file.name for file in files], "statistics": config.evaluation.statistics}
+    config, ranks = session.config, session.ranks
+
+    def models() -> list[tuple[Path, Checkpoint]]:
+        return [(file, read_checkpoint(file)) for file in best_files(run.folder, config.evaluation.ensemble)]
+
+    saved = ranks.from_first(models)
+    learners = [checkpoint.learner(file, config, ranks=ranks) for file, checkpoint in saved]
+    names = [file.name for file, _ in saved]
+    print(f"ensemble of {len(names)}: {', '.join(names)}\n{explain_statistics(config)}", flush=True)
+    results: dict[str, Any] = {"models": names, "statistics": config.evaluation.statistics}
     for part in ("test", "cross-domain"):
         if part in session.samplers:
             sampler = session.samplers[part]
-            result = _test_on(learners, sampler, config, signals)
+            result = _test_on(learners, sampler, session, signals)
             print(
                 "\n".join([f"{part} on {sampler.pool.source}", *(f"  {line}" for line in result.lines())]), flush=True
             )
             results[part] = {"source": sampler.pool.source} | result.plain()
-    write_atomic(run.folder / "result.json", (json.dumps(results, indent=2) + "\n").encode())
-    draw_curves(run.folder)
+    if ranks.is_first:
+        write_atomic(run.folder / "result.json", (json.dumps(results, indent=2) + "\n").encode())
+        draw_curves(run.folder)
 
 
-def _test_on(learners: list[Learner], sampler: EpisodeSampler, config: Config, signals: Signals) -> Score:
-    tasks = config.evaluation.test_tasks
-    progress = Progress(f"test on {sampler.pool.source}", tasks)
+def _test_on(learners: list[Learner], sampler: EpisodeSampler, session: Session, signals: Signals) -> Score:
+    evaluation, ranks = session.config.evaluation, session.ranks
+    tasks = evaluation.test_tasks
+    progress = Progress(f"test on {sampler.pool.source}", tasks, is_shown=ranks.is_first)
 
     def report(done: int) -> None:
         progress.update(done)
         signals.check()
 
     try:
-        batch = config.evaluation.tasks_per_batch
-        return score(*predict_tasks(learners, sampler, tasks, tasks_per_batch=batch, report=report))
+        batch = evaluation.tasks_per_batch
+        return score(*predict_tasks(learners, sampler, tasks, tasks_per_batch=batch, report=report, ranks=ranks))
     finally:
         progress.close()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -208,16 +209,27 @@ class Ranks:
 
     # the end
 
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or not torch.cuda.is_initialized():  # NCCL would wait for the dead
+            self._hang_up()
+
     def sign(self) -> None:
         """Note that this rank lives; for :meth:`lost`."""
         self.store.set(f"cxgrad_fast/lives/{self.rank}", "")
 
     def lost(self, patience: float = 8.0) -> list[int]:
-        """The ranks that have not signed some seconds after one was found to be lost."""
+        """The ranks that have not signed some seconds after one was found to be lost; the others find out now."""
         if self.size == 1:
             return []
         try:
             self.sign()
+            if not torch.cuda.is_initialized():
+                self._hang_up()  # who waits for this rank, and not for the lost one, would wait on
             deadline = time.monotonic() + patience
             while True:
                 missing = [r for r in range(self.size) if not self.store.check([f"cxgrad_fast/lives/{r}"])]
@@ -227,10 +239,8 @@ class Ranks:
         except RuntimeError:  # torchrun, which keeps the notes, has gone
             return []
 
-    def leave(self) -> None:
-        """Hang up: whoever waits for this rank finds out."""
-        # NCCL would wait for the dead
-        if self.size > 1 and dist.is_initialized() and not torch.cuda.is_initialized():
+    def _hang_up(self) -> None:
+        if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     @contextmanager
