@@ -176,3 +176,35 @@ class EpisodeSampler:
             self._first[c] + rng.choice(self._sizes[c], size=task.shots + task.queries, replace=False) for c in classes
         ]
         return np.stack(picks)
+
+
+class Upcoming:
+    """Tasks of a sampler that are drawn and gathered ahead: on a CUDA device beside the work that is under way there.
+
+    Args:
+        sampler: whose tasks.
+    """
+
+    def __init__(self, sampler: EpisodeSampler) -> None:
+        self._sampler = sampler
+        device = sampler.pool.images.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready: tuple[int, int, Episodes] | None = None
+
+    def prepare(self, start: int, count: int) -> None:
+        """Draw tasks ``start .. start + count - 1`` now, for the next :meth:`take`."""
+        with torch.cuda.stream(self._stream):  # of no effect without one
+            self._ready = (start, count, self._sampler.sample(start, count))
+
+    def take(self, start: int, count: int) -> Episodes:
+        """What :meth:`EpisodeSampler.sample` gives, prepared or not."""
+        ready, self._ready = self._ready, None
+        if ready is None or ready[:2] != (start, count):
+            return self._sampler.sample(start, count)
+        episodes = ready[2]
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for tensor in (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y):
+                tensor.record_stream(current)  # its memory is not the other stream's to take back
+        return episodes

@@ -15,7 +15,7 @@ from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import ImagePool, open_pool
 from cxgrad_fast.data.cache import cached
-from cxgrad_fast.episodes import EpisodeSampler
+from cxgrad_fast.episodes import EpisodeSampler, Upcoming
 
 SMALL = {"task.ways": 3, "task.shots": 2, "task.queries": 4, "model.image_size": 16}
 
@@ -299,3 +299,33 @@ class TestPool:
     def test_an_empty_split_is_bad_input(self) -> None:
         with pytest.raises(InputError, match="numbers has no images in its split 'val'"):
             numbered_pool([], "val")
+
+
+class TestUpcoming:
+    def test_gives_what_the_sampler_gives(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawing = sampler([7] * 5)
+        drawn: list[tuple[int, int]] = []
+        sample = drawing.sample
+        monkeypatch.setattr(drawing, "sample", lambda *what: drawn.append(what) or sample(*what))
+        upcoming = Upcoming(drawing)
+        upcoming.prepare(4, 2)
+        for start, count in ((4, 2), (4, 2), (6, 1)):  # the second time nothing is ready
+            for name, tensor in vars(upcoming.take(start, count)).items():
+                expected = getattr(sample(start, count), name)
+                assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(expected)), name
+        upcoming.prepare(9, 2)
+        assert len(upcoming.take(9, 1)) == 1  # not what was prepared
+        assert drawn == [(4, 2), (4, 2), (6, 1), (9, 2), (9, 1)]
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_on_cuda_beside_other_work(self) -> None:
+        config = preset("glyphs-5w1s", SMALL)
+        pool = numbered_pool([7] * 5)
+        there, here = EpisodeSampler(pool.to("cuda"), config), EpisodeSampler(pool, config)
+        upcoming, work = Upcoming(there), torch.rand(2048, 2048, device="cuda")
+        for step in range(20):
+            upcoming.prepare(2 * step, 2)
+            work = (work @ work).tanh()
+            found, expected = upcoming.take(2 * step, 2).to("cpu"), here.sample(2 * step, 2)
+            assert torch.equal(found.query_x, expected.query_x)
+            assert torch.equal(found.support_y, expected.support_y)
