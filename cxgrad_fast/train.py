@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_ato
 from cxgrad_fast.cli import DEFAULT_PRESET, Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
-from cxgrad_fast.engine import RankLostError, Ranks, ToldElsewhereError, join_ranks
+from cxgrad_fast.engine import RankLostError, Ranks, ToldElsewhereError, is_launched, join_ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
 from cxgrad_fast.learner import Learner, NonFiniteLossError
@@ -115,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RankLostError as error:
             print(f"error: a rank was lost before the run began: {error}", file=sys.stderr)
             return RANK_LOST
+        finally:
+            if is_launched():  # where another rank ends first torchrun sends SIGTERM: the exit code is this rank's own
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:

@@ -7,6 +7,7 @@ from cxgrad_fast.engine.distributed import (
     Ranks,
     SharedGradients,
     ToldElsewhereError,
+    is_launched,
     join_ranks,
 )
 from cxgrad_fast.engine.memory import MemoryPlan
@@ -32,6 +33,7 @@ __all__ = [
     "SharedGradients",
     "StaticGradients",
     "ToldElsewhereError",
+    "is_launched",
     "join_ranks",
     "predictions_of",
 ]

@@ -256,6 +256,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process as one of several ranks."""
+    return all(name in os.environ for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
+
+
 def join_ranks(timeout: timedelta = TIMEOUT) -> Ranks:
     """The ranks that torchrun started, or another launcher that sets its variables; ALONE where there is one or none.
 
@@ -265,7 +270,7 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Ranks:
     Raises:
         RankLostError: a rank did not come.
     """
-    if not all(name in os.environ for name in _LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+    if not is_launched():
         return ALONE
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+import torch.distributed as dist
 from torch import Tensor
 
 from cxgrad_fast.engine.flat import Flat
@@ -28,6 +29,8 @@ _TRIALS = 3  # of each way, before the slower is left
 
 def to_stderr(message: str) -> None:
     """Where the user reads it while a run's own output goes elsewhere."""
+    if dist.is_initialized() and dist.get_rank():  # rank 0 says the same
+        return
     print(f"cxgrad_fast: {message}", file=sys.stderr, flush=True)
 
 
