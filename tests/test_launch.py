@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast.config import InputError
-from cxgrad_fast.kernels import launch, tune
+from cxgrad_fast.kernels import backends, launch, tune
 
 DEFAULTS = {"BLOCK": 64, "num_warps": 4}
 SHAPE = {"inputs": 48, "count": 100}
@@ -254,7 +255,51 @@ def test_wrong_options_are_refused_in_one_line(capsys: pytest.CaptureFixture[str
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_tunable_kernel_has_examples_and_candidates() -> None:
     found = {tunable.kernel: tunable for tunable in tune._tunables(None)}
-    assert "weights" in found
+    folder = Path(launch.__file__).parent
+    asked = {
+        name for file in folder.rglob("*.py") for name in re.findall(r'(?:settings|sizes)\(f?"(\w+)', file.read_text())
+    }
+    asked -= {"conv_block_sums_", "residual_end_"}  # whose names are put together
+    asked |= {"conv_block_sums_moments", "conv_block_sums_second", "residual_end_backward"}
+    asked |= {"first_layer_forward", "first_layer_reduce", "first_layer_second"}
+    assert asked - {"double", "conv_block"} <= found.keys()
     assert all(tunable.examples for tunable in found.values())
     with pytest.raises(InputError, match=r"--kernel takes one of .*weights.*, got 'no such kernel'"):
         tune._tunables("no such kernel")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_examples_launch_their_kernels_and_candidates_set_what_they_have() -> None:
+    """With tensors that are nowhere: every example of a few tunables, the first and the last of the others."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from cxgrad_fast.kernels import machine_code
+
+    if backends.interpreting():
+        pytest.skip("machine code needs Triton's compiler")
+    for tunable in tune._tunables(None):
+        if tunable.kernel == "weights":
+            continue  # draws from CUDA's generator
+        examples = (
+            tunable.examples
+            if tunable.kernel == "conv_block_convolve"
+            else tunable.examples[:: len(tunable.examples) - 1]
+        )
+        questions = []
+        for example in examples:
+            with FakeTensorMode(), machine_code.recording("sm_90") as launches:
+                call = tunable.example(**example)
+                before = len(launches)
+                with launch.recording() as asked:
+                    call()
+            assert len(launches) > before
+            questions += [question for question in asked if question.kernel == tunable.kernel][:1]
+        assert len(questions) == len(examples), tunable.kernel
+        keys = {launch.key_of(question.kernel, question.shape) for question in questions}
+        assert len(keys) > len(examples) * 2 // 3 or len(examples) == 2, tunable.kernel
+        for question in questions:
+            candidates = list(tunable.candidates(question.defaults, question.shape))
+            assert len(candidates) >= 6, question
+            for candidate in candidates:
+                assert candidate.keys() <= question.defaults.keys() | launch._OPTIONS, (question, candidate)
+                assert all(type(value) is int and value >= 1 for value in candidate.values())

@@ -153,6 +153,19 @@ def _gradient(
     tl.store(dy + at, value.to(dy.dtype.element_ty), mask=inside)
 
 
+def gradient_of_y(
+    q: Tensor, y: Tensor, corners: Tensor, more: Tensor | None, table: Tensor, slope: float, pool: bool
+) -> Tensor:
+    """dy, like ``y``; ``more`` is added."""
+    tasks, images, channels, height, width = y.shape
+    dy, count = empty_images(y, channels, height, width), images * height * width
+    settings = block_sizes("conv_block_gradient", 2048, 8, count=count, channels=channels)
+    _gradient[(launch.divide(count, settings["BLOCK_P"]), launch.divide(channels, settings["BLOCK_C"]), tasks)](
+        q, y, corners, more, table, dy, count, H=height, W=width, C=channels, SLOPE=slope, POOL=pool, **settings
+    )
+    return dy
+
+
 def push(
     dy: Tensor, x: Tensor, dx_weight: Tensor, need_x: bool, need_weight: bool, *, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -225,23 +238,7 @@ def backward(
     )
     dx, dweight = x.new_empty(0), x.new_empty(0)
     if need_x or need_weight:
-        dy = empty_images(y, channels, height, width)
-        settings = block_sizes("conv_block_gradient", 2048, 8, count=count, channels=channels)
-        grid = launch.divide(count, settings["BLOCK_P"]), launch.divide(channels, settings["BLOCK_C"]), tasks
-        _gradient[grid](
-            q,
-            y,
-            corners,
-            None if y_gradient is None else channels_last(y_gradient),
-            table,
-            dy,
-            count,
-            H=height,
-            W=width,
-            C=channels,
-            SLOPE=slope,
-            POOL=pool,
-            **settings,
-        )
+        more = None if y_gradient is None else channels_last(y_gradient)
+        dy = gradient_of_y(q, y, corners, more, table, slope, pool)
         dx, dweight = push(dy, channels_last(x), weight, need_x, need_weight, precision=precision)
     return dx, dweight, dscale, dbias, deps, x.new_empty(0, dtype=torch.float64)

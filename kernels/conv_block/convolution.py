@@ -29,6 +29,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _PADDING = 64  # filters end on a multiple of this, whatever the block size along the sum
 _FEW = 8192  # positions of a task
 _PROGRAMS = 128  # of a task: half of what a large device runs at once
+SHORT = tl.constexpr(12)  # steps of a sum
 _LONG = 64  # steps of a sum that is worth cutting, and then a quarter of it is the shortest part
 
 
@@ -186,17 +187,16 @@ def _convolve_settings(how: str, count: int, inputs: int, outputs: int, kernel: 
     """Blocks for images of ``count`` positions a task, whatever the number of tasks: their bits do not depend on it.
 
     128 positions by 64 channels on 8 warps of 128 registers: two such blocks run on a multiprocessor and hide each
-    other's waiting. Small images take blocks of half the size, for there to be enough of them, and three of those.
-    What needs more registers gets them: short sums, which are unrolled, and channels that are loaded one by one.
-    ``SPLITS`` parts of the sum are programs of their own.
+    other's waiting. Small images take blocks of half the size, for there to be enough of them, and three of those; so
+    do channels that are loaded one by one, with the sums of a second derivative: they need more registers. ``SPLITS`` parts of the sum are programs of their own.
     """
     settings = {"BLOCK_M": 128, "BLOCK_N": _block_of_channels(outputs), "num_warps": 8, "num_stages": 3}
     settings["BLOCK_K"] = {"ieee": 16, "bfloat16": 64}.get(how, 32)
     if how == "ieee":
         settings |= {"BLOCK_M": 64, "BLOCK_N": min(32, settings["BLOCK_N"]), "num_warps": 4}
-    elif count < _FEW:
+    elif count < _FEW or (inputs % 8 and reductions == "second"):
         settings |= {"BLOCK_M": 64, "num_warps": 4}
-    if how != "ieee" and kernel * kernel * inputs >= 256 and inputs % 8 == 0:
+    if how != "ieee":
         settings["maxnreg"] = 128 if settings["num_warps"] == 8 else 168
     programs = launch.divide(count, settings["BLOCK_M"]) * launch.divide(outputs, settings["BLOCK_N"])
     steps = launch.divide(kernel * kernel * inputs, settings["BLOCK_K"])
@@ -241,7 +241,7 @@ def _span(count: int, blocks: int, step: int) -> int:
 # --- the convolution ---
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "span"])
 def _convolve(
     x,
     packed,
@@ -254,6 +254,7 @@ def _convolve(
     q,
     corners,
     count,
+    span,
     H: tl.constexpr,
     W: tl.constexpr,
     CIN: tl.constexpr,
@@ -276,7 +277,8 @@ def _convolve(
     channels are no power of two. ``partials`` [T, blocks, quantities, COUT] are sums of this block of positions:
     mean and squared deviations of ``out`` ("moments"), or sums of u, u (y - mean) and u dz for u = ``out``
     ("second", MATH.md 1). Blocks of one task run side by side, those of the same positions first: they share x.
-    With more than one of ``SPLITS`` out is [T, SPLITS, count, COUT], parts of the sum, and there are no partials.
+    With more than one of ``SPLITS`` a program makes ``span`` steps of the sum; out is [T, SPLITS, count, COUT], and
+    there are no partials.
     """
     accumulate: tl.constexpr = tl.float64 if PRODUCTS == "ieee" else tl.float32
     taps: tl.constexpr = KERNEL * KERNEL * CIN
@@ -295,9 +297,10 @@ def _convolve(
     total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
     begin, end = 0, SOURCES * steps
     if SPLITS > 1:
-        span: tl.constexpr = (SOURCES * steps + SPLITS - 1) // SPLITS
         begin = tl.program_id(2) * span
-        end = tl.minimum(begin + span, SOURCES * steps)
+        end = tl.minimum(begin + span, end)
+    elif steps < SHORT:  # the compiler unrolls a short loop whose end it knows, which takes registers
+        end = span
     for step in range(begin, end):
         k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         first = step < steps
@@ -388,6 +391,7 @@ def convolve(
     elif reductions:
         partials = partial_sums(out, blocks, reductions)
     x2, packed2 = second or (x, packed)
+    sources = 1 if second is None else 2
     seen = context or Context(out, out, out, out, 1.0, False)
     _convolve[(blocks * launch.divide(outputs, settings["BLOCK_N"]), tasks, splits)](
         x,
@@ -401,13 +405,14 @@ def convolve(
         seen.q,
         seen.corners,
         count,
+        launch.divide(sources * launch.divide(kernel * kernel * inputs, settings["BLOCK_K"]), splits),
         H=height,
         W=width,
         CIN=inputs,
         COUT=outputs,
         KERNEL=kernel,
         PADDED=padded,
-        SOURCES=1 if second is None else 2,
+        SOURCES=sources,
         PRODUCTS=how,
         REDUCTIONS=reductions if splits == 1 else "",
         SLOPE=seen.slope,

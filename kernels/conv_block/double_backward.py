@@ -154,6 +154,35 @@ def _second(
         tl.store(dy + at, value.to(dy.dtype.element_ty), mask=inside)
 
 
+def gradients(
+    u: Tensor | None, q: Tensor, y: Tensor, corners: Tensor, table: Tensor, slope: float, pool: bool, want_dy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those for q and y, and dy again where it is wanted."""
+    tasks, images, channels, height, width = y.shape
+    count = images * height * width
+    q_gradient, y_gradient = empty_images(q, *q.shape[2:]), empty_images(y, *y.shape[2:])
+    dy = empty_images(y, *y.shape[2:]) if want_dy else None
+    settings = block_sizes("conv_block_second", 2048, 8, count=count, channels=channels)
+    _second[(launch.divide(count, settings["BLOCK_P"]), launch.divide(channels, settings["BLOCK_C"]), tasks)](
+        u,
+        q,
+        y,
+        corners,
+        table,
+        q_gradient,
+        y_gradient,
+        dy,
+        count,
+        H=height,
+        W=width,
+        C=channels,
+        SLOPE=slope,
+        POOL=pool,
+        **settings,
+    )
+    return q_gradient, y_gradient, dy
+
+
 def double_backward(
     on_x: Tensor | None,
     on_weight: Tensor | None,
@@ -214,26 +243,7 @@ def double_backward(
     )
 
     want_x, want_weight = need_x and on_weight is not None, need_weight and on_x is not None
-    q_gradient, y_gradient = empty_images(q, *q.shape[2:]), empty_images(y, *y.shape[2:])
-    dy = empty_images(y, *y.shape[2:]) if want_x or want_weight else None
-    settings = block_sizes("conv_block_second", 2048, 8, count=count, channels=channels)
-    _second[(launch.divide(count, settings["BLOCK_P"]), launch.divide(channels, settings["BLOCK_C"]), tasks)](
-        u,
-        q,
-        y,
-        corners,
-        table,
-        q_gradient,
-        y_gradient,
-        dy,
-        count,
-        H=height,
-        W=width,
-        C=channels,
-        SLOPE=slope,
-        POOL=pool,
-        **settings,
-    )
+    q_gradient, y_gradient, dy = gradients(u, q, y, corners, table, slope, pool, want_x or want_weight)
     x_gradient, weight_gradient = x.new_empty(0), x.new_empty(0)
     if dy is not None:
         images_, filters = x if on_x is None else on_x, weight if on_weight is None else on_weight

@@ -10,7 +10,7 @@ from torch import Tensor
 from cxgrad_fast.kernels import launch
 from cxgrad_fast.kernels.conv_block import ways
 from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, widened
-from cxgrad_fast.kernels.conv_block.sums import block_sizes, load_table
+from cxgrad_fast.kernels.conv_block.sums import Partials, block_sizes, load_table
 
 TABLE_ROWS = tl.constexpr(4)  # mean, inverse deviation, scale, bias
 
@@ -106,6 +106,29 @@ def _merge_moments(
     store_table(table, mean, variance, scale, bias, eps, task, channel, C, TABLE_ROWS)
 
 
+def merged_moments(y: Tensor, partials: Partials, scale: Tensor, bias: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments [T, 2, C] of ``y`` from those of its blocks, and the :func:`channel_table` of the pass behind."""
+    tasks, images, channels, height, width = y.shape
+    moments = y.new_empty((tasks, 2, channels), dtype=torch.float64)
+    table = y.new_empty((tasks, TABLE_ROWS.value, channels), dtype=table_type(y.dtype))
+    _merge_moments[(launch.divide(channels, 16), tasks)](
+        partials.values,
+        scale,
+        bias,
+        eps,
+        moments,
+        table,
+        images * height * width,
+        partials.values.shape[1],
+        C=channels,
+        SIZE=partials.block,
+        BLOCK_B=128,
+        BLOCK_C=16,
+        num_warps=4,
+    )
+    return moments, table
+
+
 # --- normalisation, activation, pooling ---
 
 
@@ -167,7 +190,7 @@ def _activate(
     tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
 
 
-def _activated(y: Tensor, table: Tensor, slope: float, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+def activated(y: Tensor, table: Tensor, slope: float, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, selected, corners) of the convolution ``y``."""
     tasks, images, channels, height, width = y.shape
     size = (height // 2, width // 2) if pool else (height, width)
@@ -196,7 +219,7 @@ def _activated(y: Tensor, table: Tensor, slope: float, pool: bool) -> tuple[Tens
 
 def activation(y: Tensor, scale: Tensor, bias: Tensor, eps: Tensor, moments: Tensor, slope: float) -> Tensor:
     """The block's output without pooling from its convolution, again."""
-    return _activated(channels_last(y), channel_table(moments, scale, bias, eps), slope, False)[0]
+    return activated(channels_last(y), channel_table(moments, scale, bias, eps), slope, False)[0]
 
 
 def forward(
@@ -204,23 +227,6 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, y, selected, corners, moments) as in csrc/conv_block.h."""
     y, partials = ways.convolution(channels_last(x), weight, precision=precision)
-    tasks, images, channels, height, width = y.shape
-    moments = x.new_empty((tasks, 2, channels), dtype=torch.float64)
-    table = x.new_empty((tasks, TABLE_ROWS.value, channels), dtype=table_type(x.dtype))
-    _merge_moments[(launch.divide(channels, 16), tasks)](
-        partials.values,
-        scale.contiguous(),
-        bias.contiguous(),
-        eps.contiguous(),
-        moments,
-        table,
-        images * height * width,
-        partials.values.shape[1],
-        C=channels,
-        SIZE=partials.block,
-        BLOCK_B=128,
-        BLOCK_C=16,
-        num_warps=4,
-    )
-    out, selected, corners = _activated(y, table, slope, pool)
+    moments, table = merged_moments(y, partials, scale.contiguous(), bias.contiguous(), eps.contiguous())
+    out, selected, corners = activated(y, table, slope, pool)
     return out, y, selected, corners, moments

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.conv_block import backward, double_backward, first_layer, forward, reference, ways
+from cxgrad_fast.kernels.conv_block import tuning as tuning  # declares what can be measured
 from cxgrad_fast.kernels.conv_block.chain import Chain
 from cxgrad_fast.kernels.conv_block.convolution import channels_last
 

@@ -8,6 +8,8 @@ are read through their strides; float64 is the 67 TFLOP/s kind on data-centre GP
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -181,3 +183,22 @@ def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         partials, shift, mean, covariance, count, parts, C=channels, BLOCK_B=32, BLOCK_N=32, num_warps=4
     )
     return mean, covariance
+
+
+# --- what is measured ---
+
+
+@launch.tunable(
+    "patch_statistics",
+    candidates=lambda defaults, shape: [
+        {"BLOCK_P": positions, "num_warps": warps} for positions in (16, 32, 64) for warps in (4, 8)
+    ],
+    examples=[
+        {"tasks": tasks, "images": images, "size": size}
+        for size in (28, 84)
+        for tasks, images in ((4, 5), (2, 25), (2, 75))
+    ],
+)
+def _example(tasks: int, images: int, size: int) -> Callable[[], Any]:
+    x = torch.randn(tasks, images, 3, size, size, device="cuda")
+    return lambda: patch_statistics(x)

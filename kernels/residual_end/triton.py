@@ -6,6 +6,7 @@ tensor has windows and another positions, the pass goes over what it writes, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,3 +194,41 @@ def _double_backward_of(cotangent: Tensor, codes: Tensor, slope: float, pool: bo
 
 
 _CHAIN = Chain(forward=_forward_of, backward=_backward_of, double_backward=_double_backward_of)
+
+
+# --- what is measured ---
+
+
+def _candidates(defaults: launch.Settings, shape: launch.Shape) -> list[launch.Settings]:
+    return [{"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (4, 8)]
+
+
+_EXAMPLES: Sequence[Mapping[str, int]] = [
+    {"images": images, "channels": channels, "size": size}
+    for channels, size in ((64, 84), (128, 42), (256, 21), (512, 10))  # ResNet-12's blocks
+    for images in (5, 75)
+]
+
+
+def _images(images: int, channels: int, size: int) -> Tensor:
+    return torch.randn(1, images, size, size, channels, device="cuda").permute(0, 1, 4, 2, 3)
+
+
+@launch.tunable("residual_end_forward", candidates=_candidates, examples=_EXAMPLES)
+def _forward_example(**sizes: int) -> Callable[[], Any]:
+    x, shortcut = _images(**sizes), _images(**sizes)
+    return lambda: _forward_of(x, shortcut, 0.1, True, 0)
+
+
+@launch.tunable("residual_end_backward", candidates=_candidates, examples=_EXAMPLES)
+def _backward_example(**sizes: int) -> Callable[[], Any]:
+    x = _images(**sizes)
+    q, codes = _forward_of(x, x, 0.1, True, 0)
+    return lambda: _backward_of(q, codes, sizes["size"], sizes["size"], 0.1, True, 0)
+
+
+@launch.tunable("residual_end_double_backward", candidates=_candidates, examples=_EXAMPLES)
+def _double_backward_example(**sizes: int) -> Callable[[], Any]:
+    x = _images(**sizes)
+    codes = _forward_of(x, x, 0.1, True, 0)[1]
+    return lambda: _double_backward_of(x, codes, 0.1, True, 0)
