@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ToldElsewhereError:
             return BAD_INPUT
         except RankLostError as error:
-            print(f"error: a rank was lost before the run began: {error}", file=sys.stderr)
+            print(f"error: not all ranks came: {error}", file=sys.stderr)
             return RANK_LOST
         finally:
             if is_launched():  # where another rank ends first torchrun sends SIGTERM: the exit code is this rank's own
@@ -122,10 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
-    options, settings = ranks.together(lambda: _parser().parse(argv))
-    if options.compile:
-        settings["run.compile"] = True
-    session, run = (_start if options.resume is None else _resume)(options, settings, ranks)
+    try:
+        options, settings = ranks.together(lambda: _parser().parse(argv))
+        if options.compile:
+            settings["run.compile"] = True
+        session, run = (_start if options.resume is None else _resume)(options, settings, ranks)
+    except RankLostError as error:
+        if who := _who_was_lost(ranks, str(error)):
+            print(f"error: {who} before the run began", file=sys.stderr, flush=True)
+        return RANK_LOST
 
     def stuck() -> None:
         _tell_lost(session, run, saves=False)
@@ -258,8 +263,8 @@ def _go_on(session: Session, run: Run) -> str:
 def _tell_lost(session: Session, run: Run, saves: bool, cause: str = "") -> None:
     """One line from one of the ranks that live; where that is the first, after a last checkpoint."""
     ranks, latest, iteration = session.ranks, run.folder / LATEST, session.iteration
-    lost = ranks.lost()
-    if ranks.rank != next(rank for rank in range(ranks.size) if rank not in lost):
+    who = _who_was_lost(ranks, cause)
+    if not who:
         return
     if ranks.is_first and saves:
         run.save(session.checkpoint())
@@ -268,10 +273,6 @@ def _tell_lost(session: Session, run: Run, saves: bool, cause: str = "") -> None
             iteration = read_checkpoint(latest).iteration
         except InputError:  # on rank 0's machine alone
             iteration = -1
-    names = ", ".join(map(str, lost))
-    who = f"rank{'s' * (len(lost) > 1)} {names} of {ranks.size} {'were' if len(lost) > 1 else 'was'} lost"
-    if not lost:
-        who = f"the {ranks.size} ranks lost each other" + f" ({cause})" * bool(cause)
     stands = f"iteration {iteration}" if iteration >= 0 else "where rank 0 ran"
     print(
         f"error: {who} at iteration {session.iteration + 1}; the run stands at {latest} ({stands}); "
@@ -388,6 +389,18 @@ def _test_on(learners: list[Learner], sampler: EpisodeSampler, session: Session,
         return score(*predict_tasks(learners, sampler, tasks, tasks_per_batch=batch, report=report, ranks=ranks))
     finally:
         progress.close()
+
+
+def _who_was_lost(ranks: Ranks, cause: str) -> str:
+    """``rank 2 of 3 was lost``; empty on all ranks that live but one, which is to tell."""
+    lost = ranks.lost()
+    if ranks.rank != next(rank for rank in range(ranks.size) if rank not in lost):
+        return ""
+    if not lost:
+        return f"the {ranks.size} ranks lost each other" + f" ({cause})" * bool(cause)
+    several = len(lost) > 1
+    names = ", ".join(map(str, lost))
+    return f"rank{'s' * several} {names} of {ranks.size} {'were' if several else 'was'} lost"
 
 
 def _save_non_finite(session: Session, run: Run, error: NonFiniteLossError) -> str:

@@ -15,7 +15,8 @@ from torch.distributed import TCPStore
 _DEADLINE = 120.0
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["cxgrad_fast.train", "tiny_runs", "helpers"])
+# Adam imports dynamo, which takes longer than a small test
+_context.set_forkserver_preload(["torch._dynamo", "cxgrad_fast.train", "tiny_runs", "helpers"])
 
 
 class Launched:

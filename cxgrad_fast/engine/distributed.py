@@ -272,7 +272,9 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Ranks:
     """
     if not is_launched():
         return ALONE
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    has_devices = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
+    backend = "cpu:gloo,cuda:nccl" if has_devices else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -280,7 +282,6 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Ranks:
     except RuntimeError as error:
         raise RankLostError(" ".join(str(error).split())) from error
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return Ranks(rank, size, local_rank, local_size, store, patient)
 
 
