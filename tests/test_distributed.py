@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import config_of, random_episodes, relative_error
 from ranks import Launched, polled
+from test_captured import Rerun, fused
 from tiny_runs import train, words
 from torch import Tensor
 
@@ -70,6 +71,7 @@ def check_numbers() -> None:
             tolerance = 1e-12 if many.dtype == torch.float64 else 1e-3
             check_gradients(ranks, many, one, tolerance)
             check_steps(ranks, many, one, 100 * tolerance)
+        check_captured(ranks)
         check_predictions(ranks)
 
 
@@ -104,6 +106,34 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 def assert_same_on_all(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
     """To the bit."""
     assert torch.equal(ranks.from_first(lambda: flat(tensors)), flat(tensors))
+
+
+class RerunWithWords(Rerun):
+    """On CPUs the sums bring words, which the host reads; on devices it asks for them beside the graph."""
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        results = [tensor.clone() for tensor in function()]
+
+        def replay() -> None:
+            for place, tensor in zip(results, function(), strict=True):
+                place.copy_(tensor)
+
+        return replay, results
+
+
+def check_captured(ranks: Ranks) -> None:
+    """A captured step holds the sum, on ranks without tasks too: all record and replay it alike."""
+    for tasks in (2, 4):
+        config = config_of(**SMALL, **{"outer.meta_batch": tasks})
+        captured, plain = fused(Learner(config, ranks)), fused(Learner(config, ranks))
+        captured._captured = captured._captured_step(RerunWithWords())
+        captured._captured._report = lambda message: None
+        for step in range(3):
+            episodes = random_episodes(config, tasks, seed=step)[ranks.shard(tasks)]
+            ours, expected = captured.meta_step(episodes), plain.meta_step(episodes)
+            assert torch.equal(ours.query_logits, expected.query_logits)
+        assert captured._captured is not None
+        torch.testing.assert_close(captured.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def check_predictions(ranks: Ranks) -> None:
