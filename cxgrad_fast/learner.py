@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,12 +33,10 @@ from cxgrad_fast.engine import (
     predictions_of,
 )
 from cxgrad_fast.episodes import Episodes
-from cxgrad_fast.kernels import use_backend
+from cxgrad_fast.kernels import backends, use_backend, use_precision
 from cxgrad_fast.models import LayerStatistics, build_backbone
 
 __all__ = ["Adapted", "Learner", "NonFiniteLossError", "Pending"]
-
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class Learner:
@@ -59,7 +58,7 @@ class Learner:
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.device = ranks.place(_device(config.run.device))
-        self.dtype = _dtype(config)
+        self.dtype = _dtype(config, self.device)
         with use_backend(config.run.backend):
             pass  # an impossible choice is an error now, not in the first step
         if self.device.type == "cuda":
@@ -86,6 +85,13 @@ class Learner:
         self._captured: CapturedStep | None = None
         self._predictions = predictions_of(config, self.engine, self.device)
         self._prepare()
+
+    @contextmanager
+    def _operators(self) -> Iterator[None]:
+        """The backend and the precision of products that the config names."""
+        precision = self.config.run.precision
+        with use_backend(self.config.run.backend), use_precision("float32" if precision == "float64" else precision):
+            yield
 
     def _prepare(self) -> None:
         """What ``run.compile`` asks for; again where tensors that a graph has the addresses of were replaced."""
@@ -154,7 +160,7 @@ class Learner:
             ValueError: wrong shapes, no task, labels out of range (name, expected, got).
         """
         episodes = self._checked(episodes)
-        with use_backend(self.config.run.backend):
+        with self._operators():
             return self.engine.meta_loss(self.meta_parameters, episodes)
 
     def meta_step(self, episodes: Episodes) -> MetaLoss:
@@ -179,7 +185,7 @@ class Learner:
         """
         has_work = self._sharing.has_work(episodes)
         episodes = self._checked(episodes) if has_work else episodes.to(self.device, self.dtype)
-        with use_backend(self.config.run.backend):
+        with self._operators():
             if self._captured is not None:
                 if (pending := self._captured.start(episodes)) is not None:
                     return pending
@@ -216,7 +222,7 @@ class Learner:
         """
         episodes = self._checked(episodes)
         kind = self._statistics_kind(statistics)
-        with use_backend(self.config.run.backend):
+        with self._operators():
             return self._predictions(self.meta_parameters, episodes, kind, self.running_statistics)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None = None) -> Adapted:
@@ -240,7 +246,7 @@ class Learner:
         episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
         kind = self._statistics_kind(statistics)
         parameters = {name: tensor.detach() for name, tensor in self.meta_parameters.items()}
-        with use_backend(self.config.run.backend):
+        with self._operators():
             state, given = self.engine.adapted(
                 parameters, episodes.support_x, episodes.support_y, kind, self.running_statistics
             )
@@ -386,7 +392,7 @@ class Adapted:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits ``[T, Q, N]`` of images ``[T, Q, C, H, W]`` on the learner's device and in its precision."""
-        with use_backend(self._learner.config.run.backend), torch.no_grad():
+        with self._learner._operators(), torch.no_grad():
             return self._learner.engine.query_logits(self._parameters, self.state, x, self._given)
 
 
@@ -402,12 +408,21 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(config: Config) -> torch.dtype:
-    if config.run.precision not in _DTYPES:
-        raise InputError(
-            f"setting 'run.precision' (={config.run.precision}) is not in this version: use float32 or float64"
-        )
-    return _DTYPES[config.run.precision]
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Of parameters and all that is stored; tf32 and bfloat16 are how the Triton operators multiply."""
+    run = config.run
+    if run.precision in ("tf32", "bfloat16"):
+        why_not = backends.why_not("triton")
+        if not why_not and device.type != "cuda" and not backends.interpreting():
+            why_not = f"they run on CUDA devices, and run.device is {run.device}"
+        if run.backend not in ("auto", "triton"):
+            why_not = f"run.backend is {run.backend}"
+        if why_not:
+            raise InputError(
+                f"setting 'run.precision' (={run.precision}) needs the Triton operators ({why_not}): "
+                "use float32 or float64"
+            )
+    return torch.float64 if run.precision == "float64" else torch.float32
 
 
 def _released_name(name: str) -> str:

@@ -4,7 +4,7 @@ Everything here takes task-batched tensors, task first, and is differentiable tw
 of times). Which backend computes is decided in :mod:`cxgrad_fast.kernels.backends`; callers never know.
 """
 
-from cxgrad_fast.kernels.backends import release_buffers, use_backend
+from cxgrad_fast.kernels.backends import release_buffers, use_backend, use_precision
 from cxgrad_fast.kernels.conv_block.op import conv_block
 from cxgrad_fast.kernels.normalize_weights.op import normalize_weights
 from cxgrad_fast.kernels.patch_statistics.op import PatchStatistics, patch_statistics
@@ -20,4 +20,5 @@ __all__ = [
     "residual_end",
     "scale_weights",
     "use_backend",
+    "use_precision",
 ]

@@ -40,7 +40,7 @@ def availability() -> dict[str, str]:
 
     Asking builds the C++ operators where they have not been built yet.
     """
-    return {name: _why_not(name) for name in NAMES}
+    return {name: why_not(name) for name in NAMES}
 
 
 def details() -> dict[str, str]:
@@ -141,7 +141,7 @@ def choose(implementations: Collection[str], tensor: Tensor) -> str:
 def _best(implementations: Collection[str], tensor: Tensor) -> str:
     for name, device in _DEVICES.items():
         if name in implementations and device == tensor.device.type and tensor.dtype in _PRECISIONS:
-            reason = _why_not(name)
+            reason = why_not(name)
             if not reason:
                 return name
             _warn_once(name, reason)
@@ -154,7 +154,8 @@ def _warn_once(name: str, reason: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=5)  # at the operator's caller
 
 
-def _why_not(name: str) -> str:
+def why_not(name: str) -> str:
+    """Why a backend cannot run here; empty where it can."""
     if name == "cpp":
         return registration.load()[0]
     return _why_not_triton() if name == "triton" else ""
@@ -184,6 +185,6 @@ def _require(name: str, setting: str) -> None:
         return
     if name not in NAMES:
         raise InputError(f"{setting} takes one of auto, {', '.join(NAMES)}, got '{name}'")
-    reason = _why_not(name)
+    reason = why_not(name)
     if reason:
         raise InputError(f"{setting} = {name} cannot run here: {reason}")

@@ -129,7 +129,7 @@ def _tune(kernel: str | None, out: Path | None) -> None:
 
 
 def _architecture() -> str:
-    if reason := backends._why_not("triton"):
+    if reason := backends.why_not("triton"):
         raise InputError(f"measuring needs a CUDA device: {reason}")
     architecture = launch.architecture()
     if architecture is None:

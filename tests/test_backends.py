@@ -49,7 +49,7 @@ def test_a_named_backend_leaves_the_rest_to_the_reference(monkeypatch: pytest.Mo
 
 
 def test_one_warning_where_there_is_no_fast_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_why_not", lambda name: "no compiler" if name == "cpp" else "")
+    monkeypatch.setattr(backends, "why_not", lambda name: "no compiler" if name == "cpp" else "")
     backends._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="cpp operators cannot run here, the slower .* takes over: no compiler"):
         assert backends.choose(("reference", "cpp"), torch.ones(1)) == "reference"

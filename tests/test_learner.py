@@ -218,8 +218,14 @@ def test_wrong_labels_and_types() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"run.precision": "tf32"}, r"setting 'run.precision' \(=tf32\) is not in this version"),
-        ({"run.precision": "bfloat16"}, "is not in this version"),
+        (
+            {"run.precision": "tf32", "run.backend": "cpp"},
+            r"\(=tf32\) needs the Triton operators \(run.backend is cpp\)",
+        ),
+        (
+            {"run.precision": "bfloat16"},
+            r"setting 'run.precision' \(=bfloat16\) needs the Triton operators \(.+\): use",
+        ),
         ({"run.device": "gpu"}, "setting 'run.device' takes auto, cpu or cuda"),
     ],
 )

@@ -18,14 +18,15 @@ STEPS, TASKS = 3, 1
 SETTINGS = {"inner__steps": 1, "model__image_size": 16, "task__queries": 1, "task__ways": 3, "inner__context_dim": 4}
 
 
-def losses(backend: str) -> list[list[float]]:
+def losses(backend: str, precision: str = "float64", count: int = STEPS) -> list[list[float]]:
     """Query and support losses of every meta-step."""
     os.environ["CXGRAD_BACKEND"] = backend
-    config = config_of(**SETTINGS)
+    config = config_of(**SETTINGS, run__precision=precision)
     learner = Learner(config)
-    steps = [learner.meta_step(random_episodes(config, TASKS, seed=seed)) for seed in range(STEPS)]
+    steps = [learner.meta_step(random_episodes(config, TASKS, seed=seed)) for seed in range(count)]
     return [[out.loss.item(), *out.support_losses.flatten().tolist()] for out in steps]
 
 
 if __name__ == "__main__":
-    print(json.dumps({backend: losses(backend) for backend in ("triton", "reference")}))
+    found = {backend: losses(backend) for backend in ("triton", "reference")}
+    print(json.dumps(found | {name: losses("triton", name, 1) for name in ("float32", "tf32", "bfloat16")}))
