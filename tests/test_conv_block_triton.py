@@ -28,6 +28,12 @@ CHILD = Path(__file__).with_name("triton_conv_block_child.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def _own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device too: the framework's ways are tests/test_ways.py's."""
+    monkeypatch.setenv("CXGRAD_CONVOLUTION", "triton")
+
+
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, Any]:
     """What the child found."""
@@ -123,6 +129,7 @@ SHAPES: dict[str, Shape] = {
     "resnet12/block1-first": (1, 5, 3, 64, 84, 3, False),
     "resnet12/block2-first": (1, 5, 64, 128, 42, 3, False),
     "resnet12/block2-shortcut": (1, 5, 64, 128, 42, 1, False),
+    "resnet12/block3-shortcut": (1, 5, 128, 256, 21, 1, False),
     "resnet12/block4": (1, 5, 512, 512, 10, 3, False),
 }
 
@@ -210,21 +217,58 @@ def test_machine_code_of_a_whole_block(architecture: str) -> None:
             check(launch)
 
 
+def most(launches: list[machine_code.Launch]) -> list[machine_code.Launch]:
+    """The convolution of two pairs, and the weight gradient: the other convolutions are parts of it."""
+    return [launch for launch in launches if launch.options.get("SOURCES") != 1]
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "conv4-48/layer2"])
 def test_machine_code_of_products(name: str, architecture: str) -> None:
-    """The convolution with the most behind it, and the weight gradient: the other convolutions are parts of it."""
-    found = heavy(launches_of(SHAPES[name], architecture))
-    for launch in found:
-        if launch.name == "_weight_gradient" or launch.options["REDUCTIONS"] == "second":
+    for launch in most(heavy(launches_of(SHAPES[name], architecture))):
+        check(launch)
+
+
+@pytest.mark.parametrize("name", ["glyphs-32/layer2", "resnet12/block3-shortcut"])
+def test_short_sums_are_not_unrolled(name: str) -> None:
+    """With a loop whose end the compiler knows, these transposes had 16 and 6 spills."""
+    transpose = next(launch for launch in launches_of(SHAPES[name], "sm_80")["backward"] if launch.name == "_convolve")
+    check(transpose)
+    assert transpose.compile().programs_per_sm == 3
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_a_long_sum_of_few_positions_is_cut_in_parts(architecture: str) -> None:
+    """Which two small launches add up: 64 programs would leave half of the device idle."""
+    found = launches_of(SHAPES["resnet12/block4"], architecture)["forward"]
+    names = [launch.name for launch in found]
+    assert names == ["_pack", "_convolve", "_add_parts", "_moments", "_merge_moments", "_activate"]
+    convolve, add, moments = found[1:4]
+    assert convolve.programs == 4 * 64
+    for launch in (add, moments):
+        check(launch)
+        assert launch.compile().count("LDG.E.128"), launch.name
+
+
+@pytest.mark.parametrize("name", ["conv4-48/layer2", "resnet12/block2-first"])
+def test_machine_code_of_the_sums_behind_another_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXGRAD_CONVOLUTION", "unfold")
+    for architecture in ("sm_80", "sm_90"):
+        found = launches_of(SHAPES[name], architecture)
+        names = [[launch.name for launch in found[what]] for what in ("forward", "double_backward")]
+        assert names == [
+            ["_moments", "_merge_moments", "_activate"],
+            ["_channel_table", "_second", "_merge", "_second"],
+        ]
+        for launch in (found["forward"][0], found["double_backward"][1]):
             check(launch)
+            assert launch.compile().programs_per_sm >= 2
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_machine_code_of_fast_products(precision: str) -> None:
-    for launch in heavy(launches_of(SHAPES["conv4-48/layer2"], "sm_90", precision=precision)):
-        if launch.name == "_weight_gradient" or launch.options["REDUCTIONS"] == "second":
-            check(launch)
+    for launch in most(heavy(launches_of(SHAPES["conv4-48/layer2"], "sm_90", precision=precision))):
+        check(launch)
 
 
 def test_blocks_of_a_float32_sum_are_added_outside_the_tensor_cores() -> None:
@@ -237,6 +281,5 @@ def test_blocks_of_a_float32_sum_are_added_outside_the_tensor_cores() -> None:
 
 def test_machine_code_in_float64() -> None:
     """For gradient checks on the device."""
-    for launch in heavy(launches_of(SHAPES["conv4-48/layer4"], "sm_90", torch.float64)):
-        if launch.name == "_weight_gradient" or launch.options["REDUCTIONS"] == "second":
-            check(launch)
+    for launch in most(heavy(launches_of(SHAPES["conv4-48/layer4"], "sm_90", torch.float64))):
+        check(launch)

@@ -42,8 +42,8 @@ SMALL = {
 BLOCK = Case("conv_block", "", "a block of its own")
 # each combines what the table of cases has one by one: an interpreted launch takes a tenth of a second
 COMBINED = [
-    SMALL["plain"],
-    SMALL["no_pool"],
+    replace(SMALL["plain"], height=6, width=6),
+    replace(SMALL["no_pool"], height=5, width=5),
     SMALL["one_pixel"],
     SMALL["one_channel"],
     SMALL["ties"],
@@ -52,7 +52,7 @@ COMBINED = [
     replace(SMALL["image_major"], name="odd_relu", height=7, width=5, slope=0.0),
     replace(SMALL["strided"], name="pointwise_pool", kernel=1, height=7),
     replace(SMALL["no_activation"], name="one_row", height=1, width=23, channels=5, out=9),
-    replace(SMALL["channels_last"], name="many_images", height=2, width=3, images=101, eps=1e-5),
+    replace(SMALL["channels_last"], name="many_images", tasks=1, height=2, width=3, images=101, eps=1e-5),
     replace(SMALL["plain"], name="65_channels", channels=7, out=65, height=3, width=4, tasks=1),
 ]
 ROUNDED = [

@@ -187,8 +187,9 @@ def _convolve_settings(how: str, count: int, inputs: int, outputs: int, kernel: 
     """Blocks for images of ``count`` positions a task, whatever the number of tasks: their bits do not depend on it.
 
     128 positions by 64 channels on 8 warps of 128 registers: two such blocks run on a multiprocessor and hide each
-    other's waiting. Small images take blocks of half the size, for there to be enough of them, and three of those; so
-    do channels that are loaded one by one, with the sums of a second derivative: they need more registers. ``SPLITS`` parts of the sum are programs of their own.
+    other's waiting. Small images take blocks of half the size, for there to be enough of them, and three of those. So
+    do channels that are loaded one by one, with the sums of a second derivative: they need more registers.
+    ``SPLITS`` parts of the sum are programs of their own.
     """
     settings = {"BLOCK_M": 128, "BLOCK_N": _block_of_channels(outputs), "num_warps": 8, "num_stages": 3}
     settings["BLOCK_K"] = {"ieee": 16, "bfloat16": 64}.get(how, 32)
@@ -235,7 +236,7 @@ def _weight_gradient_settings(how: str, count: int, inputs: int, outputs: int, k
 def _span(count: int, blocks: int, step: int) -> int:
     """Positions that one program of the weight gradient sums: a task's make about 128 programs, of 256 or more."""
     parts = min(32, launch.divide(_PROGRAMS, blocks))
-    return launch.divide(max(256, launch.divide(count, parts)), step) * step
+    return launch.divide(min(count, max(256, launch.divide(count, parts))), step) * step
 
 
 # --- the convolution ---
@@ -345,7 +346,7 @@ def _convolve(
         sums_with_u(last, to, y, table, q, corners, position, task, channel, count, H, W, COUT, SLOPE, POOL)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _add_parts(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, size] = the sum of parts [T, SPLITS, size], in their order."""
     task = tl.program_id(1).to(tl.int64)
