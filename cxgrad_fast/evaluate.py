@@ -18,8 +18,10 @@ from cxgrad_fast.checkpoints import read_checkpoint, read_torch_file
 from cxgrad_fast.cli import Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
+from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
+from cxgrad_fast.launched import on_ranks
 from cxgrad_fast.learner import Learner
 from cxgrad_fast.runs import best_files
 
@@ -128,7 +130,7 @@ def predict_tasks(
             outputs = torch.zeros(*episodes.query_y.shape, learners[0].config.task.ways, dtype=learners[0].dtype)
         found = [outputs, episodes.query_y.cpu()]
         if ranks.size > 1:
-            found = ranks.total(ranks.rows(found, own, count))
+            found = ranks.total(ranks.rows([outputs.double(), found[1]], own, count))
         logits.append(found[0])
         labels.append(found[1])
         report(start + count)
@@ -137,26 +139,15 @@ def predict_tasks(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises InputError for what :func:`cxgrad_fast.cli.run_command` prints."""
-    parser = _parser()
-    options, settings = parser.parse(argv)
+    return on_ranks(_main, argv)
+
+
+def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    options, settings = ranks.together(lambda: _parser().parse(argv))
     settings |= _shortcuts(options)
-    given = [name for name in ("run", "checkpoint", "released") if getattr(options, name)]
-    if len(given) != 1:
-        raise InputError("evaluate one thing: a run's folder, --checkpoint FILE or --released FILE")
-    if options.released:
-        config = build_config(options.preset, options.config, settings, _RELEASED_PRESET)
-        learners, models = [_open_released(Path(options.released), config)], [Path(options.released).name]
-        fingerprints: dict[str, str] = {}
-    elif options.preset or options.config:
-        raise InputError("--preset and --config go with --released: a run brings its own settings")
-    else:
-        config, learners, models, fingerprints = _open_run(Path(options.run or options.checkpoint), settings)
-    pool = open_pool(config, options.split)
-    if options.split in fingerprints and fingerprints[options.split] != pool.fingerprint():
-        note = "if classes moved between splits, the model may have been trained on what it is tested on"
-        print(f"note: {pool.source}, split '{pool.split}', has changed since the run was made; {note}", file=sys.stderr)
+    config, learners, models, pool = ranks.in_turn(lambda: _opened(options, settings, ranks))
     tasks = config.evaluation.test_tasks
-    progress = Progress("test tasks", tasks)
+    progress = Progress("test tasks", tasks, is_shown=ranks.is_first)
     try:
         logits, labels = predict_tasks(
             learners,
@@ -164,11 +155,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             tasks,
             tasks_per_batch=config.evaluation.tasks_per_batch,
             report=progress.update,
+            ranks=ranks,
         )
     finally:
         progress.close()
     _print(options.json, score(logits, labels), config, pool.source, options.split, models)
     return 0
+
+
+def _opened(
+    options: Any, settings: dict[str, object], ranks: Ranks
+) -> tuple[Config, list[Learner], list[str], ImagePool]:
+    """Settings, learners, their names and the images."""
+    given = [name for name in ("run", "checkpoint", "released") if getattr(options, name)]
+    if len(given) != 1:
+        raise InputError("evaluate one thing: a run's folder, --checkpoint FILE or --released FILE")
+    if options.released:
+        config = build_config(options.preset, options.config, settings, _RELEASED_PRESET)
+        learners, models = [_open_released(Path(options.released), config, ranks)], [Path(options.released).name]
+        fingerprints: dict[str, str] = {}
+    elif options.preset or options.config:
+        raise InputError("--preset and --config go with --released: a run brings its own settings")
+    else:
+        config, learners, models, fingerprints = _open_run(Path(options.run or options.checkpoint), settings, ranks)
+    pool = open_pool(config, options.split)
+    if ranks.is_first and fingerprints.get(options.split, pool.fingerprint()) != pool.fingerprint():
+        note = "if classes moved between splits, the model may have been trained on what it is tested on"
+        print(f"note: {pool.source}, split '{pool.split}', has changed since the run was made; {note}", file=sys.stderr)
+    EpisodeSampler(pool, config)  # too few classes or images
+    return config, learners, models, pool
 
 
 def explain_statistics(config: Config) -> str:
@@ -226,7 +241,9 @@ def _shortcuts(options: Any) -> dict[str, object]:
     return {name: getattr(options, key) for key, name in names.items() if getattr(options, key) is not None}
 
 
-def _open_run(path: Path, settings: dict[str, object]) -> tuple[Config, list[Learner], list[str], dict[str, str]]:
+def _open_run(
+    path: Path, settings: dict[str, object], ranks: Ranks
+) -> tuple[Config, list[Learner], list[str], dict[str, str]]:
     """Settings, learners, their names and the pools' fingerprints of a run's folder or of one checkpoint."""
     first = path if path.is_file() else best_files(path, 1)[0]
     saved = read_checkpoint(first)
@@ -236,18 +253,18 @@ def _open_run(path: Path, settings: dict[str, object]) -> tuple[Config, list[Lea
         if name.startswith(("model.", "outer.")) and new[name] != old[name]:
             raise InputError(f"setting '{name}' (={new[name]}) is fixed by the checkpoint '{first}' (={old[name]})")
     files = [path] if path.is_file() else best_files(path, config.evaluation.ensemble)
-    learners = [read_checkpoint(file).learner(file, config) for file in files]
+    learners = [read_checkpoint(file).learner(file, config, ranks=ranks) for file in files]
     is_same_data = all(new[name] == old[name] for name in ("data.source", "data.variant"))
     return config, learners, [file.name for file in files], saved.fingerprints if is_same_data else {}
 
 
-def _open_released(file: Path, config: Config) -> Learner:
+def _open_released(file: Path, config: Config, ranks: Ranks) -> Learner:
     """A Learner with the parameters of a released checkpoint: ``{"network": state dict, ...}`` or a state dict."""
     content = read_torch_file(file)
     state = content.get("network", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise InputError(f"'{file}' is not a released checkpoint: it holds neither 'network' nor a state dict")
-    learner = Learner(config)
+    learner = Learner(config, ranks)
     try:
         learner.load_released(state)
     except (TypeError, ValueError) as error:

@@ -176,6 +176,11 @@ class Learner:
         """
         return self.start_step(episodes).result()
 
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps it pays to have started and not finished: 2 where a device replays them by itself."""
+        return 1 if self._captured is None else 2
+
     def start_step(self, episodes: Episodes) -> Pending:
         """As :meth:`meta_step`, without waiting for its end where the step is captured (``run.compile`` on CUDA).
 

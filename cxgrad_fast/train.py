@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,10 +20,12 @@ from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_ato
 from cxgrad_fast.cli import DEFAULT_PRESET, Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
-from cxgrad_fast.engine import RankLostError, Ranks, ToldElsewhereError, is_launched, join_ranks
+from cxgrad_fast.engine import RankLostError, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
+from cxgrad_fast.launched import RANK_LOST, on_ranks, who_was_lost
 from cxgrad_fast.learner import Learner, NonFiniteLossError
+from cxgrad_fast.pipeline import StepNumbers, Steps
 from cxgrad_fast.runs import (
     LATEST,
     FollowedRun,
@@ -39,10 +38,7 @@ from cxgrad_fast.runs import (
 )
 from cxgrad_fast.signals import Interrupted, Signals
 
-# exit codes
-BAD_INPUT = 2
-NON_FINITE = 3
-RANK_LOST = 4
+NON_FINITE = 3  # exit code
 
 # settings that a resumed run may change: they say where and for how long, not what is computed
 RESUMABLE = frozenset(
@@ -105,32 +101,14 @@ class Session:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises InputError for what :func:`cxgrad_fast.cli.run_command` prints."""
-    with ExitStack() as stack:
-        try:
-            ranks = stack.enter_context(join_ranks())
-            if not ranks.is_first:
-                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            return _main(argv, ranks)
-        except ToldElsewhereError:
-            return BAD_INPUT
-        except RankLostError as error:
-            print(f"error: not all ranks came: {error}", file=sys.stderr)
-            return RANK_LOST
-        finally:
-            if is_launched():  # where another rank ends first torchrun sends SIGTERM: the exit code is this rank's own
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return on_ranks(_main, argv)
 
 
 def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
-    try:
-        options, settings = ranks.together(lambda: _parser().parse(argv))
-        if options.compile:
-            settings["run.compile"] = True
-        session, run = (_start if options.resume is None else _resume)(options, settings, ranks)
-    except RankLostError as error:
-        if who := _who_was_lost(ranks, str(error)):
-            print(f"error: {who} before the run began", file=sys.stderr, flush=True)
-        return RANK_LOST
+    options, settings = ranks.together(lambda: _parser().parse(argv))
+    if options.compile:
+        settings["run.compile"] = True
+    session, run = (_start if options.resume is None else _resume)(options, settings, ranks)
 
     def stuck() -> None:
         _tell_lost(session, run, saves=False)
@@ -263,7 +241,7 @@ def _go_on(session: Session, run: Run) -> str:
 def _tell_lost(session: Session, run: Run, saves: bool, cause: str = "") -> None:
     """One line from one of the ranks that live; where that is the first, after a last checkpoint."""
     ranks, latest, iteration = session.ranks, run.folder / LATEST, session.iteration
-    who = _who_was_lost(ranks, cause)
+    who = who_was_lost(ranks, cause)
     if not who:
         return
     if ranks.is_first and saves:
@@ -283,44 +261,52 @@ def _tell_lost(session: Session, run: Run, saves: bool, cause: str = "") -> None
 
 
 def _train(session: Session, run: Run, signals: Signals) -> None:
-    config = session.config
+    config, meta_batch = session.config, session.config.outer.meta_batch
     progress = Progress("training", config.outer.iterations, session.iteration, is_shown=session.ranks.is_first)
-    recent: deque[tuple[float, float, float]] = deque(maxlen=50)
+    recent: deque[StepNumbers] = deque(maxlen=50)
+    own = session.ranks.shard(meta_batch)
+    steps = Steps(session.learner, session.samplers["train"], meta_batch, own, session.iteration)
     try:
         while True:
             if session.validation_is_due():
                 progress.note(_validate(session, run, signals))
             if session.iteration >= config.outer.iterations:
                 return
-            recent.append(_step(session, run))
-            progress.update(session.iteration, _describe(recent, config.outer.meta_batch))
+            recent.append(steps.advance(_next_stop(session)))
+            _log(session, run, recent[-1])
+            progress.update(session.iteration, _describe(recent, meta_batch))
             signals.check()
             if session.iteration % config.run.checkpoint_every == 0:
                 run.save(session.checkpoint())
+    except Interrupted:
+        for numbers in steps.drain():  # their updates are in the weights that will be saved
+            _log(session, run, numbers)
+        raise
     finally:
         progress.close()
 
 
-def _step(session: Session, run: Run) -> tuple[float, float, float]:
-    """One meta-update and its rows; loss, accuracy and seconds."""
-    began = time.perf_counter()
-    meta_batch = session.config.outer.meta_batch
-    own = session.ranks.shard(meta_batch)
-    episodes = session.samplers["train"].sample(session.iteration * meta_batch + own.start, own.stop - own.start)
-    out = session.learner.meta_step(episodes)
-    support = out.support_losses.detach().mean(0)
-    passes = [support[0], support[-1]] if len(support) else []
-    values = torch.stack([value.double() for value in (out.loss, out.accuracy, *passes)]).tolist()
-    seconds = time.perf_counter() - began
+def _next_stop(session: Session) -> int:
+    """The iteration after which the weights are wanted next: to be validated or saved."""
+    outer, every = session.config.outer, session.config.run.checkpoint_every
+    ahead = [done * (session.iteration // done + 1) for done in (outer.validate_every, every)]
+    return min(*ahead, outer.iterations)
+
+
+def _log(session: Session, run: Run, step: StepNumbers) -> None:
+    """Count a finished meta-step, and write its rows."""
     session.iteration += 1
     names = ("loss", "accuracy", "first_support_loss", "last_support_loss")
+    values = (step.loss, step.accuracy, *step.support_losses)
     run.log(session.iteration, "train", **dict(zip(names, values, strict=False)))
-    run.log_scalars(session.iteration, {"speed/seconds": seconds, "speed/episodes_per_second": meta_batch / seconds})
-    return values[0], values[1], seconds
+    rate = session.config.outer.meta_batch / step.seconds
+    run.log_scalars(session.iteration, {"speed/seconds": step.seconds, "speed/episodes_per_second": rate})
 
 
-def _describe(recent: deque[tuple[float, float, float]], meta_batch: int) -> str:
-    loss, accuracy, seconds = (sum(column) / len(recent) for column in zip(*recent, strict=True))
+def _describe(recent: deque[StepNumbers], meta_batch: int) -> str:
+    loss, accuracy, seconds = (
+        sum(getattr(step, name) for step in recent) / len(recent) for name in ("loss", "accuracy", "seconds")
+    )
     return f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %  {meta_batch / seconds:.1f} episodes/s"
 
 
@@ -389,18 +375,6 @@ def _test_on(learners: list[Learner], sampler: EpisodeSampler, session: Session,
         return score(*predict_tasks(learners, sampler, tasks, tasks_per_batch=batch, report=report, ranks=ranks))
     finally:
         progress.close()
-
-
-def _who_was_lost(ranks: Ranks, cause: str) -> str:
-    """``rank 2 of 3 was lost``; empty on all ranks that live but one, which is to tell."""
-    lost = ranks.lost()
-    if ranks.rank != next(rank for rank in range(ranks.size) if rank not in lost):
-        return ""
-    if not lost:
-        return f"the {ranks.size} ranks lost each other" + f" ({cause})" * bool(cause)
-    several = len(lost) > 1
-    names = ", ".join(map(str, lost))
-    return f"rank{'s' * several} {names} of {ranks.size} {'were' if several else 'was'} lost"
 
 
 def _save_non_finite(session: Session, run: Run, error: NonFiniteLossError) -> str:

@@ -24,11 +24,25 @@ ALLOWED = {
     "learner": {"kernels", "models", "algorithms", "engine", "episodes"},
     "reference": set(),
     "signals": {"engine"},
+    "launched": {"engine"},
+    "pipeline": {"engine", "learner", "episodes"},
     "checkpoints": {"engine", "learner"},
     "runs": {"learner", "checkpoints"},
     "cli": set(),
-    "train": {"cli", "runs", "checkpoints", "evaluate", "signals", "engine", "learner", "episodes", "data"},
-    "evaluate": {"cli", "runs", "checkpoints", "engine", "learner", "episodes", "data"},
+    "train": {
+        "pipeline",
+        "cli",
+        "runs",
+        "checkpoints",
+        "evaluate",
+        "signals",
+        "launched",
+        "engine",
+        "learner",
+        "episodes",
+        "data",
+    },
+    "evaluate": {"cli", "runs", "checkpoints", "launched", "engine", "learner", "episodes", "data"},
     "info": {"cli", "kernels", "cache_folder"},
     "__init__": {"config", "episodes", "learner", "runs"},
 }
@@ -92,7 +106,7 @@ def test_public_names() -> None:
     }  # fmt: skip
     assert set(cxgrad_fast.kernels.__all__) == {
         "PatchStatistics", "conv_block", "normalize_weights", "patch_statistics", "release_buffers",
-        "residual_end", "scale_weights", "use_backend",
+        "residual_end", "scale_weights", "use_backend", "use_precision",
     }  # fmt: skip
     for module in (cxgrad_fast, cxgrad_fast.kernels):
         for name in module.__all__:

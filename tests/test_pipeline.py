@@ -1,0 +1,93 @@
+"""Steps with the next one under way: the same run as one step at a time, and none done that nobody is told of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import config_of
+from test_captured import Rerun, fused
+
+from cxgrad_fast import EpisodeSampler, Learner
+from cxgrad_fast.data.pool import ImagePool
+from cxgrad_fast.learner import NonFiniteLossError
+from cxgrad_fast.pipeline import Steps
+
+CONFIG = config_of(inner__steps=1, model__image_size=16, model__filters=2, task__queries=2)
+
+
+@pytest.fixture(scope="module")
+def sampler() -> EpisodeSampler:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (48, 16, 16, 3), dtype=torch.uint8, generator=g)
+    pool = ImagePool(images, torch.arange(8).repeat_interleave(6), tuple("abcdefgh"), "train", "noise")
+    return EpisodeSampler(pool, CONFIG, torch.float64)
+
+
+def ahead() -> Learner:
+    """A learner whose steps are captured, so that two are under way at once."""
+    learner = fused(Learner(CONFIG))
+    learner._captured = learner._captured_step(Rerun(warm_ups=1))
+    assert learner.steps_ahead == 2
+    return learner
+
+
+def steps_of(learner: Learner, sampler: EpisodeSampler, first: int = 0) -> Steps:
+    return Steps(learner, sampler, 2, slice(0, 2), first)
+
+
+def assert_same(one: Learner, other: Learner) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_the_numbers_of_one_step_at_a_time(sampler: EpisodeSampler) -> None:
+    plain, captured = fused(Learner(CONFIG)), ahead()
+    assert plain.steps_ahead == 1
+    one, two = steps_of(plain, sampler), steps_of(captured, sampler)
+    for step in range(6):
+        expected, found = one.advance(6), two.advance(6)
+        assert replace(found, seconds=0) == replace(expected, seconds=0)
+        assert len(found.support_losses) == 2
+        direct = sampler.sample(2 * step, 2)
+        assert direct.ways == 5  # whoever draws knows the labels
+    assert_same(plain, captured)
+    assert list(two.drain()) == []
+
+
+def test_nothing_is_started_beyond_where_the_weights_are_wanted(sampler: EpisodeSampler) -> None:
+    plain, captured = fused(Learner(CONFIG)), ahead()
+    one, two = steps_of(plain, sampler), steps_of(captured, sampler)
+    for until in (3, 3, 3, 5, 5):
+        one.advance(until)
+        two.advance(until)
+        if until == 3:
+            continue
+    assert_same(plain, captured)
+
+
+def test_what_is_under_way_is_finished_before_a_checkpoint(sampler: EpisodeSampler) -> None:
+    plain, captured = fused(Learner(CONFIG)), ahead()
+    one, two = steps_of(plain, sampler, first=3), steps_of(captured, sampler, first=3)
+    found = [two.advance(9), *two.drain()]
+    expected = [one.advance(9) for _ in found]
+    assert len(found) == 2
+    assert [step.loss for step in found] == [step.loss for step in expected]
+    assert_same(plain, captured)
+
+
+def test_a_step_that_is_not_finite_is_the_one_told_of(sampler: EpisodeSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, plain = ahead(), fused(Learner(CONFIG))
+    sample = sampler.sample
+
+    def with_a_hole(start: int, count: int) -> object:
+        episodes = sample(start, count)
+        return replace(episodes, query_x=episodes.query_x * float("nan")) if start == 4 else episodes
+
+    monkeypatch.setattr(sampler, "sample", with_a_hole)
+    one, two = steps_of(plain, sampler), steps_of(captured, sampler)
+    for _ in range(2):
+        assert two.advance(9).loss == one.advance(9).loss
+    with pytest.raises(NonFiniteLossError, match="the loss of this meta-step is not finite"):
+        two.advance(9)
+    assert_same(plain, captured)  # the weights before it, though the step after it was started
