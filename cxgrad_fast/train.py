@@ -278,7 +278,7 @@ def _train(session: Session, run: Run, signals: Signals) -> None:
             signals.check()
             if session.iteration % config.run.checkpoint_every == 0:
                 run.save(session.checkpoint())
-    except Interrupted:
+    except (Interrupted, RankLostError):
         for numbers in steps.drain():  # their updates are in the weights that will be saved
             _log(session, run, numbers)
         raise

@@ -24,8 +24,10 @@ from torch import Tensor
 from cxgrad_fast import EpisodeSampler, InputError, Learner
 from cxgrad_fast import train as train_module
 from cxgrad_fast.checkpoints import read_checkpoint
+from cxgrad_fast.cli import run_command
 from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.engine import ALONE, RankLostError, Ranks, join_ranks
+from cxgrad_fast.evaluate import main as evaluate
 from cxgrad_fast.evaluate import predict_tasks
 from cxgrad_fast.runs import read_metrics
 from cxgrad_fast.signals import Interrupted, Signals
@@ -208,6 +210,15 @@ def test_a_run_on_three_ranks_is_the_run_of_one(finished, images, tmp_path) -> N
     assert all(line.startswith("cxgrad_fast: meta-step compiled in ") for line in lines), lines
 
 
+def test_evaluation_on_ranks_prints_what_one_process_does(finished, tmp_path, capsys) -> None:
+    words = [str(finished), "--json", "--tasks", "7"]
+    launched = Launched(tmp_path / "ranks", 2, run_command, evaluate, words)
+    assert run_command(evaluate, words) == 0
+    assert launched.wait() == [0, 0], launched.err()
+    assert launched.out(0) == capsys.readouterr().out
+    assert launched.out(1) + launched.err() == ""
+
+
 def find_rank(launcher: int, rank: int) -> int:
     """The process that torchrun runs as this rank."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
@@ -308,7 +319,7 @@ def train_and_die(*arguments: object) -> int:
 def test_a_rank_that_dies_before_the_run_is_told_and_leaves_no_folder(images, tmp_path) -> None:
     launched = Launched(tmp_path / "ranks", 3, train_and_die, "--out", tmp_path / "run", *words(images))
     assert launched.wait() == [4, -signal.SIGKILL, 4]
-    assert launched.err() == "error: rank 1 of 3 was lost before the run began\n"
+    assert launched.err() == "error: rank 1 of 3 was lost, there is nothing to save: start again\n"
     assert not (tmp_path / "run").exists()
 
 
