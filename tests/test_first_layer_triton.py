@@ -263,8 +263,9 @@ def test_machine_code_of_other_types(dtype: torch.dtype) -> None:
             check(launch)
 
 
-def test_machine_code_of_patch_statistics() -> None:
-    with machine_code.recording("sm_90") as launches:
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_machine_code_of_patch_statistics(architecture: str) -> None:
+    with machine_code.recording(architecture) as launches:
         child.patch_statistics(torch.empty(2, 25, 3, 84, 84, device="meta"))
     assert [launch.name for launch in launches] == ["_products", "_merge"]
     for launch in launches:

@@ -180,7 +180,7 @@ def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         x, shift, partials, count, span, *x.stride(), H=height, W=width, C=channels, **settings
     )
     _merge[(launch.divide(length * length, 32), tasks)](
-        partials, shift, mean, covariance, count, parts, C=channels, BLOCK_B=32, BLOCK_N=32, num_warps=4
+        partials, shift, mean, covariance, count, parts, C=channels, BLOCK_B=32, BLOCK_N=32, num_warps=8
     )
     return mean, covariance
 
