@@ -57,6 +57,7 @@ class Learner:
 
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config = config
+        self._ranks = ranks
         self.device = ranks.place(_device(config.run.device))
         self.dtype = _dtype(config, self.device)
         with use_backend(config.run.backend):
@@ -119,12 +120,16 @@ class Learner:
         """Predict the peak memory of a meta-step of so many tasks; where they do not fit at once, choose chunks.
 
         Takes a few seconds: the step is gone through on tensors without values. ``run.tasks_per_chunk``, where it is
-        not 0, is kept. Chunks give the same gradients but for rounding.
+        not 0, is kept. Chunks give the same gradients but for rounding. Of several ranks each plans for its part, and
+        those on one CPU share its memory.
         """
+        own = self._ranks.shard(tasks)
+        tasks = max(1, own.stop - own.start)
+        neighbours = 1 if self.device.type == "cuda" else self._ranks.local_size
         found = memory.plan(
             lambda count: memory.peak_of(lambda: self._rehearse(count)),
             tasks,
-            memory.available(self.device),
+            memory.available(self.device) // neighbours,
             self.config.run.tasks_per_chunk,
         )
         if found.chunk < tasks:

@@ -21,6 +21,7 @@ from cxgrad_fast.cli import DEFAULT_PRESET, Parser, Progress, add_config_options
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
 from cxgrad_fast.engine import RankLostError, Ranks
+from cxgrad_fast.engine.memory import measured_peak, megabytes
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
 from cxgrad_fast.launched import RANK_LOST, on_ranks, who_was_lost
@@ -211,7 +212,10 @@ def _open_session(config: Config, ranks: Ranks) -> Session:
 def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
     """All of a run from where the session is; the exit code."""
     try:
+        if session.iteration < session.config.outer.iterations:
+            print(session.learner.plan_memory(session.config.outer.meta_batch), flush=True)
         _train(session, run, signals)
+        print(f"memory: measured peak {megabytes(measured_peak(session.learner.device))}", flush=True)
         _test(session, run, signals)
     except Interrupted as stop:
         run.save(session.checkpoint())
