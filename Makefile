@@ -30,7 +30,7 @@ setup: .venv/installed
 	touch $@
 
 train: setup
-	$(BIN)/python -m cxgrad_fast.train $(ARGS)
+	$(BIN)/python -m cxgrad_fast.train --compile $(ARGS)
 
 # a process a core, each with one thread: two threads each would wait for each other
 test: setup
