@@ -89,7 +89,7 @@ def test_images_beyond_the_range_of_int32(interpreted: dict[str, Any]) -> None:
 
 
 @GPU
-@pytest.mark.parametrize("case", child.COMBINED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*child.COMBINED, *child.LARGER], ids=lambda case: case.name)
 def test_float64_on_cuda(case: Any) -> None:
     errors = child.contract_errors(case, "cuda", parts=True)
     assert max(errors.values()) < EXACT, errors

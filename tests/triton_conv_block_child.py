@@ -52,8 +52,16 @@ COMBINED = [
     replace(SMALL["image_major"], name="odd_relu", height=7, width=5, slope=0.0),
     replace(SMALL["strided"], name="pointwise_pool", kernel=1, height=7),
     replace(SMALL["no_activation"], name="one_row", height=1, width=23, channels=5, out=9),
-    replace(SMALL["channels_last"], name="many_images", tasks=1, height=2, width=3, images=101, eps=1e-5),
+    replace(SMALL["channels_last"], name="many_images", tasks=1, height=2, width=2, images=375, eps=1e-5),
     replace(SMALL["plain"], name="65_channels", channels=7, out=65, height=3, width=4, tasks=1),
+    replace(SMALL["plain"], name="96_filters", channels=3, out=96, height=4, width=4, tasks=1, images=5),
+]
+# and on a device: minutes in the interpreter
+LARGER = [
+    replace(SMALL["plain"], name="64_tasks", tasks=64, images=5, channels=32, out=32, height=14, width=14),
+    replace(SMALL["plain"], name="375_images", tasks=1, images=375, channels=48, out=48, height=10, width=10),
+    replace(SMALL["plain"], name="96_channels", tasks=2, images=5, channels=96, out=96, height=21, width=21),
+    replace(SMALL["no_pool"], name="512_channels", tasks=1, images=5, channels=512, out=512, height=10, width=10),
 ]
 ROUNDED = [
     replace(SMALL["plain"], tasks=4, channels=8, height=6, width=6),
