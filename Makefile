@@ -32,9 +32,9 @@ setup: .venv/installed
 train: setup
 	$(BIN)/python -m cxgrad_fast.train --compile $(ARGS)
 
-# a process a core, each with one thread: two threads each would wait for each other
+# a process a core, each with one thread: two threads each would wait for each other; files in the order of conftest.py
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The runtimes come first in the process, which python itself was not built with; what it leaks is not ours to find.
 SANITIZE := CXGRAD_SANITIZE=address,undefined

@@ -15,6 +15,29 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+# what takes longest, first: of several processes none is left with it at the end
+_LONGEST = (
+    "test_conv_block_triton",
+    "test_distributed",
+    "test_train",
+    "test_first_layer_triton",
+    "test_triton_engine",
+    "test_memory",
+    "test_gpu_script",
+    "test_registration",
+    "test_ways",
+    "test_compare",
+    "test_building",
+    "test_static",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of ``_LONGEST`` in its order, then the others in theirs."""
+    place = {name: index for index, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _built_operators() -> None:
     """Built and loaded once, before a test names a cache of its own."""
