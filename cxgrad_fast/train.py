@@ -214,8 +214,10 @@ def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
     try:
         if session.iteration < session.config.outer.iterations:
             print(session.learner.plan_memory(session.config.outer.meta_batch), flush=True)
+        before = measured_peak(session.learner.device)
         _train(session, run, signals)
-        print(f"memory: measured peak {megabytes(measured_peak(session.learner.device))}", flush=True)
+        peak = measured_peak(session.learner.device)
+        print(f"memory: measured peak {megabytes(peak)}, {megabytes(before)} before the first step", flush=True)
         _test(session, run, signals)
     except Interrupted as stop:
         run.save(session.checkpoint())

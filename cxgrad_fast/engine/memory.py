@@ -126,7 +126,10 @@ def _read(path: str) -> str:
 
 
 def measured_peak(device: torch.device) -> int:
-    """Bytes at the process's peak so far: of the device's allocator, or what the system counts as resident."""
+    """Bytes at the process's peak so far: of the device's allocator, or what the system counts as resident.
+
+    The latter includes the interpreter, its libraries and the images.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
