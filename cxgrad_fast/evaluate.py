@@ -18,7 +18,6 @@ from cxgrad_fast.checkpoints import read_checkpoint, read_torch_file
 from cxgrad_fast.cli import Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
-from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.launched import on_ranks
@@ -145,13 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
     options, settings = ranks.together(lambda: _parser().parse(argv))
     settings |= _shortcuts(options)
-    config, learners, models, pool = ranks.in_turn(lambda: _opened(options, settings, ranks))
+    config, learners, models, sampler = ranks.in_turn(lambda: _opened(options, settings, ranks))
     tasks = config.evaluation.test_tasks
     progress = Progress("test tasks", tasks, is_shown=ranks.is_first)
     try:
         logits, labels = predict_tasks(
             learners,
-            EpisodeSampler(pool, config, learners[0].dtype),
+            sampler,
             tasks,
             tasks_per_batch=config.evaluation.tasks_per_batch,
             report=progress.update,
@@ -159,14 +158,14 @@ def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
         )
     finally:
         progress.close()
-    _print(options.json, score(logits, labels), config, pool.source, options.split, models)
+    _print(options.json, score(logits, labels), config, sampler.pool.source, options.split, models)
     return 0
 
 
 def _opened(
     options: Any, settings: dict[str, object], ranks: Ranks
-) -> tuple[Config, list[Learner], list[str], ImagePool]:
-    """Settings, learners, their names and the images."""
+) -> tuple[Config, list[Learner], list[str], EpisodeSampler]:
+    """Settings, learners, their names and the tasks."""
     given = [name for name in ("run", "checkpoint", "released") if getattr(options, name)]
     if len(given) != 1:
         raise InputError("evaluate one thing: a run's folder, --checkpoint FILE or --released FILE")
@@ -182,8 +181,7 @@ def _opened(
     if ranks.is_first and fingerprints.get(options.split, pool.fingerprint()) != pool.fingerprint():
         note = "if classes moved between splits, the model may have been trained on what it is tested on"
         print(f"note: {pool.source}, split '{pool.split}', has changed since the run was made; {note}", file=sys.stderr)
-    EpisodeSampler(pool, config)  # too few classes or images
-    return config, learners, models, pool
+    return config, learners, models, EpisodeSampler(pool, config, learners[0].dtype)
 
 
 def explain_statistics(config: Config) -> str:

@@ -29,6 +29,7 @@ from cxgrad_fast.engine import (
     RunningStatistics,
     SharedGradients,
     StaticGradients,
+    is_finite,
     memory,
     predictions_of,
 )
@@ -202,8 +203,7 @@ class Learner:
                 self._captured = None
             parameters = list(self.meta_parameters.values())
             out, gradients = self._sharing(self._gradients, parameters, episodes)
-        finite = torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
-        if not finite:
+        if not is_finite(out, gradients):
             raise NonFiniteLossError(bool(out.loss.isfinite()))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,16 @@ def require_cpp() -> None:
     if reason.startswith("no C++ compiler"):
         pytest.skip(reason)
     assert not reason
+
+
+def run_interpreted(program: str) -> dict[str, Any]:
+    """The JSON that a program of this folder prints under Triton's interpreter, which is chosen before triton loads."""
+    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton's interpreter does not take the bounds of loops from numpy 2.4 on")
+    command = [sys.executable, "-W", "ignore", Path(__file__).with_name(program)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
 
 
 def assert_bits_repeat(case: Case, given: Inputs) -> None:

@@ -21,8 +21,8 @@ RATE = 2**-10  # a captured learning rate is a float32
 class Rerun:
     """Records a function by keeping it: a replay runs it, and moves its results to where they were the first time."""
 
-    def __init__(self, warm_ups: int = CudaGraphs.WARM_UPS) -> None:
-        self.warm_ups = warm_ups
+    def __init__(self, warm_ups: int = CudaGraphs.WARM_UPS, may_wait: bool = False) -> None:
+        self.warm_ups, self.may_wait = warm_ups, may_wait
         self.recorded = 0
 
     def warm_up(self, function: Callable[[], Sequence[Tensor]]) -> None:
@@ -33,7 +33,7 @@ class Rerun:
         self.recorded += 1
         with Waits() as waits:
             function()
-        if waits.found:
+        if waits.found and not self.may_wait:
             raise RuntimeError("operation not permitted when stream is capturing")
         results = [tensor.clone() for tensor in function()]
 

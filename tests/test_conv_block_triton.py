@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from helpers import run_interpreted
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is there on Linux alone")
@@ -24,7 +19,6 @@ import triton_conv_block_child as child  # noqa: E402
 from cxgrad_fast.kernels import machine_code  # noqa: E402
 
 EXACT = 1e-12  # measured 3e-15
-CHILD = Path(__file__).with_name("triton_conv_block_child.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -37,16 +31,7 @@ def _own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, Any]:
     """What the child found."""
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter does not take the bounds of loops from numpy 2.4 on")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", CHILD],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return run_interpreted("triton_conv_block_child.py")
 
 
 # --- the same numbers ---

@@ -5,18 +5,12 @@ Right in the interpreter and on CUDA, good machine code without a GPU.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import require_cpp
+from helpers import require_cpp, run_interpreted
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is there on Linux alone")
@@ -28,7 +22,6 @@ import triton_first_layer_child as child  # noqa: E402
 from cxgrad_fast.kernels import machine_code  # noqa: E402
 
 EXACT = 1e-12  # measured 5e-15
-CHILD = Path(__file__).with_name("triton_first_layer_child.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -36,16 +29,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def interpreted() -> dict[str, Any]:
     """What the child found."""
     require_cpp()
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter does not take the bounds of loops from numpy 2.4 on")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", CHILD],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return run_interpreted("triton_first_layer_child.py")
 
 
 # --- the same numbers ---

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cxgrad_fast import Learner
 from cxgrad_fast.engine import prediction, static
-from cxgrad_fast.engine.captured import Captured
-from cxgrad_fast.engine.prediction import Predictions
+from cxgrad_fast.engine.prediction import Predictions, captured_predictions
 
 KINDS = ("transductive", "support", "running")
 CONFIG = config_of(inner__steps=1, model__image_size=16)
@@ -71,12 +70,7 @@ def test_captured_predictions(kind: str) -> None:
     first, second = trained(), trained()
     spread_parameters(second, 5)
     graphs = Rerun(warm_ups=1)
-
-    def compiler(function: static.Function, inputs: Sequence[Tensor]) -> static.Function:
-        captured = Captured(function, inputs, graphs)
-        return lambda *tensors: [result.clone() for result in captured(*tensors)]
-
-    shared = Predictions(first.engine, compiler, trials=0, patience=0)
+    shared = captured_predictions(first.engine, graphs, patience=0)
     for learner in (first, second, first):
         for seed in (1, 2):
             episodes = random_episodes(CONFIG, 2, seed)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from helpers import run_interpreted
 from torch import Tensor
 
 from cxgrad_fast import info
@@ -24,7 +21,6 @@ triton = pytest.importorskip("triton", reason="triton is there on Linux alone")
 import triton_ways_child as child  # noqa: E402
 
 EXACT = 1e-12  # measured 6e-16
-CHILD = Path(__file__).with_name("triton_ways_child.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPE = {"tasks": 2, "images": 25, "inputs": 48, "outputs": 48, "products": "tf32x3"}
 DEVICE = torch.device("cuda", 0)
@@ -36,16 +32,7 @@ DEVICE = torch.device("cuda", 0)
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """What the child found."""
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter does not take the bounds of loops from numpy 2.4 on")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", CHILD],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return run_interpreted("triton_ways_child.py")
 
 
 @pytest.mark.parametrize("way", choice.WAYS)

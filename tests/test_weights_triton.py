@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton_weights_child as child
+from helpers import run_interpreted
 from torch import Tensor
 
 from cxgrad_fast.kernels.cases import CONV4, RESNET12
@@ -26,14 +21,8 @@ EXACT = 1e-13  # relative, float64
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    """What the child found: the interpreter must be switched on before triton is imported."""
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip(f"Triton's interpreter does not run on numpy {np.__version__}")
-    command = [sys.executable, "-W", "ignore", str(Path(child.__file__))]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What the child found."""
+    return run_interpreted("triton_weights_child.py")
 
 
 @pytest.mark.parametrize("name", child.BY_NAME)

@@ -14,7 +14,7 @@ from cxgrad_fast.engine.memory import MemoryPlan
 from cxgrad_fast.engine.meta_loss import Engine, MetaLoss
 from cxgrad_fast.engine.prediction import predictions_of
 from cxgrad_fast.engine.static import Gradients, StaticGradients
-from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics
+from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics, is_finite
 
 __all__ = [
     "ALONE",
@@ -33,6 +33,7 @@ __all__ = [
     "SharedGradients",
     "StaticGradients",
     "ToldElsewhereError",
+    "is_finite",
     "is_launched",
     "join_ranks",
     "predictions_of",

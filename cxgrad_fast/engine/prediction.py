@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast.config import Config
-from cxgrad_fast.engine.captured import Captured, CudaGraphs
+from cxgrad_fast.engine.captured import Captured, CudaGraphs, Graphs
 from cxgrad_fast.engine.flat import Flat
 from cxgrad_fast.engine.meta_loss import Engine
 from cxgrad_fast.engine.static import Function, Static
@@ -84,16 +84,16 @@ def predictions_of(config: Config, engine: Engine, device: torch.device) -> Pred
     key = (config, device)
     found = _shared.get(key)
     if found is None:
-        found = Predictions(engine, Flat) if device.type != "cuda" else _captured_predictions(engine, device)
+        found = Predictions(engine, Flat) if device.type != "cuda" else captured_predictions(engine, CudaGraphs(device))
         _shared[key] = found
     return found
 
 
-def _captured_predictions(engine: Engine, device: torch.device) -> Predictions:
-    graphs = CudaGraphs(device)
+def captured_predictions(engine: Engine, graphs: Graphs, patience: int | None = None) -> Predictions:
+    """As replays of what ``graphs`` record."""
 
     def compiler(function: Function, inputs: Sequence[Tensor]) -> Function:
         captured = Captured(function, inputs, graphs)
         return lambda *tensors: [result.clone() for result in captured(*tensors)]
 
-    return Predictions(engine, compiler, trials=0)
+    return Predictions(engine, compiler, trials=0, patience=patience)

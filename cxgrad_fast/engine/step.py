@@ -26,6 +26,11 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__("this meta-step was left out: one before it was not finite" if gradients_are else what)
 
 
+def is_finite(out: MetaLoss, gradients: Sequence[Tensor]) -> Tensor:
+    """``[]`` bool on the device: whether the loss and all gradients are."""
+    return torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
+
+
 class RunningStatistics:
     """Averages of the query passes' BatchNorm statistics over meta-steps: all alike first, then exponentially.
 
@@ -127,7 +132,7 @@ class CapturedStep:
 
         def step(*tensors: Tensor) -> list[Tensor]:
             out, gradients = self._gradients(self._parameters, Episodes(*tensors))
-            finite = torch.stack([out.loss, *torch._foreach_norm(list(gradients))]).isfinite().all()
+            finite = is_finite(out, gradients)
             self._bad.copy_(torch.where(finite, self._bad, 1.0))
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient

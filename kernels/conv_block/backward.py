@@ -11,11 +11,10 @@ from cxgrad_fast.kernels import launch
 from cxgrad_fast.kernels.conv_block import ways
 from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, store_narrowed
 from cxgrad_fast.kernels.conv_block.forward import channel_table, load_moments, store_table, table_type
-from cxgrad_fast.kernels.conv_block.sums import block_sizes, gradient_of_z, load_table
+from cxgrad_fast.kernels.conv_block.sums import block_sizes, gradient_of_z, load_norm, load_table, pass_places
 
-TABLE_ROWS = tl.constexpr(
-    7
-)  # mean, inverse deviation, scale, bias; gain, shift and slant: dy = gain dz - shift - unit slant
+# mean, inverse deviation, scale, bias; gain, shift and slant: dy = gain dz - shift - unit slant
+TABLE_ROWS = tl.constexpr(7)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -34,19 +33,14 @@ def _reduce(
     BLOCK_C: tl.constexpr,
 ):
     """partials [T, blocks, 2, C]: sums of dz and dz unit over blocks of q's positions, [T, count, C]."""
-    task = tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
+    task, _, channel, inside, at = pass_places(count, C, BLOCK_P, BLOCK_C)
     kind: tl.constexpr = partials.dtype.element_ty
     dz = tl.load(q + at, mask=inside, other=0.0).to(kind)
     if POOL:
         unit = tl.load(selected + at, mask=inside, other=0.0).to(kind)
         negative = tl.load(corners + at, mask=inside, other=0) >= 4
     else:
-        mean, inverse = load_table(table, task, channel, 0, C, 4), load_table(table, task, channel, 1, C, 4)
-        scale, bias = load_table(table, task, channel, 2, C, 4), load_table(table, task, channel, 3, C, 4)
+        mean, inverse, scale, bias = load_norm(table, task, channel, C, 4)
         unit = (tl.load(y + at, mask=inside, other=0.0).to(kind) - mean) * inverse
         negative = unit * scale + bias <= 0
     if SLOPE != 1.0:
@@ -72,6 +66,13 @@ def store_linear(table, k, dbias, dscale, count, task, channel, C: tl.constexpr,
     tl.store(to, k.to(kind), mask=channel < C)
     tl.store(to + C, (k * dbias / count).to(kind), mask=channel < C)
     tl.store(to + 2 * C, (k * dscale / count).to(kind), mask=channel < C)
+
+
+@triton.jit
+def linear(dz, unit, gain, table, task, channel, C: tl.constexpr, ROWS: tl.constexpr):
+    """dy [P, N] by those rows, of which ``gain`` is the first."""
+    value = dz * gain - load_table(table, task, channel, 5, C, ROWS)
+    return value - unit * load_table(table, task, channel, 6, C, ROWS)
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
@@ -133,21 +134,13 @@ def _gradient(
     BLOCK_C: tl.constexpr,
 ):
     """dy [T, count, C] = k (dz - db/n - unit dg/n), plus ``more`` where there is more."""
-    task = tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    mean = load_table(table, task, channel, 0, C, TABLE_ROWS)
-    inverse = load_table(table, task, channel, 1, C, TABLE_ROWS)
-    scale = load_table(table, task, channel, 2, C, TABLE_ROWS)
-    bias = load_table(table, task, channel, 3, C, TABLE_ROWS)
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
+    task, position, channel, inside, at = pass_places(count, C, BLOCK_P, BLOCK_C)
+    mean, inverse, scale, bias = load_norm(table, task, channel, C, TABLE_ROWS)
     unit = (tl.load(y + at, mask=inside, other=0.0).to(mean.dtype) - mean) * inverse
     dz, _, _, _ = gradient_of_z(
         q, corners, unit, scale, bias, position, task, channel, inside, count, H, W, SLOPE, C, POOL
     )
-    value = dz * load_table(table, task, channel, 4, C, TABLE_ROWS) - load_table(table, task, channel, 5, C, TABLE_ROWS)
-    value -= unit * load_table(table, task, channel, 6, C, TABLE_ROWS)
+    value = linear(dz, unit, load_table(table, task, channel, 4, C, TABLE_ROWS), table, task, channel, C, TABLE_ROWS)
     if more is not None:
         value += tl.load(more + at, mask=inside, other=0.0).to(value.dtype)
     tl.store(dy + at, value.to(dy.dtype.element_ty), mask=inside)

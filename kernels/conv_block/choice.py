@@ -153,7 +153,7 @@ def measure(calls: Mapping[str, Call], seconds: Callable[[Call], float], agree: 
     for name, call in calls.items():
         try:
             found = call().double()
-        except Exception:  # no algorithm, no memory, refused by use_deterministic_algorithms
+        except RuntimeError:  # no algorithm, no memory, refused by use_deterministic_algorithms
             if wanted is None:
                 raise
             continue

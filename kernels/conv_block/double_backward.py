@@ -12,10 +12,18 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import launch
 from cxgrad_fast.kernels.conv_block import ways
-from cxgrad_fast.kernels.conv_block.backward import load_partials, merge_blocks, push, store_linear
+from cxgrad_fast.kernels.conv_block.backward import linear, load_partials, merge_blocks, push, store_linear
 from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, store_narrowed, widened
 from cxgrad_fast.kernels.conv_block.forward import channel_table, load_moments, store_table, table_type
-from cxgrad_fast.kernels.conv_block.sums import Context, Partials, block_sizes, gradient_of_z, load_table
+from cxgrad_fast.kernels.conv_block.sums import (
+    Context,
+    Partials,
+    block_sizes,
+    gradient_of_z,
+    load_norm,
+    load_table,
+    pass_places,
+)
 
 # the seven rows of a first derivative, then what q's gradient, k u + unit (Ge - k Suy/n) + B - k Su/n, and y's take:
 # Ge - k Suy/n, B - k Su/n; r a, r d, r S0/n, r R/n
@@ -120,16 +128,9 @@ def _second(
 
     The gradient for q is written by the position that was the largest of its window.
     """
-    task = tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    mean = load_table(table, task, channel, 0, C, TABLE_ROWS)
-    inverse = load_table(table, task, channel, 1, C, TABLE_ROWS)
-    scale = load_table(table, task, channel, 2, C, TABLE_ROWS)
-    bias = load_table(table, task, channel, 3, C, TABLE_ROWS)
+    task, position, channel, inside, at = pass_places(count, C, BLOCK_P, BLOCK_C)
+    mean, inverse, scale, bias = load_norm(table, task, channel, C, TABLE_ROWS)
     gain = load_table(table, task, channel, 4, C, TABLE_ROWS)
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
     unit = (tl.load(y + at, mask=inside, other=0.0).to(mean.dtype) - mean) * inverse
     dz, at_q, has_q, negative = gradient_of_z(
         q, corners, unit, scale, bias, position, task, channel, inside, count, H, W, SLOPE, C, POOL
@@ -149,8 +150,7 @@ def _second(
     tl.store(q_gradient + at_q, on_q.to(q_gradient.dtype.element_ty), mask=has_q)
     tl.store(y_gradient + at, on_y.to(y_gradient.dtype.element_ty), mask=inside)
     if dy is not None:
-        value = dz * gain - load_table(table, task, channel, 5, C, TABLE_ROWS)
-        value -= unit * load_table(table, task, channel, 6, C, TABLE_ROWS)
+        value = linear(dz, unit, gain, table, task, channel, C, TABLE_ROWS)
         tl.store(dy + at, value.to(dy.dtype.element_ty), mask=inside)
 
 

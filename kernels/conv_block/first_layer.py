@@ -26,7 +26,7 @@ from cxgrad_fast.kernels.conv_block.convolution import (
     products,
 )
 from cxgrad_fast.kernels.conv_block.forward import load_moments, store_table, table_type
-from cxgrad_fast.kernels.conv_block.sums import load_table
+from cxgrad_fast.kernels.conv_block.sums import load_table, pass_places
 
 _ROWS = tl.constexpr(4)  # of a table, whichever pass it is for
 
@@ -755,12 +755,7 @@ def _second(
     With d = Ge - k Su^/n, which is the rest of MATH.md's formula.
     """
     accumulate: tl.constexpr = tl.float64 if PRODUCTS == "ieee" else tl.float32
-    task = tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = position < count
-    at = ((task * count + position) * COUT)[:, None] + channel[None, :]
-    exists = inside[:, None] & (channel < COUT)[None, :]
+    task, _, channel, exists, at = pass_places(count, COUT, BLOCK_P, BLOCK_C)
     code = tl.load(corners + at, mask=exists, other=0)
     unit = tl.load(selected + at, mask=exists, other=0.0).to(accumulate)
     value = unit * load_table(table, task, channel, 2, COUT, _ROWS) + load_table(table, task, channel, 3, COUT, _ROWS)

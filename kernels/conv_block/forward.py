@@ -10,7 +10,7 @@ from torch import Tensor
 from cxgrad_fast.kernels import launch
 from cxgrad_fast.kernels.conv_block import ways
 from cxgrad_fast.kernels.conv_block.convolution import channels_last, empty_images, widened
-from cxgrad_fast.kernels.conv_block.sums import Partials, block_sizes, load_table
+from cxgrad_fast.kernels.conv_block.sums import Partials, block_sizes, load_norm, pass_places
 
 TABLE_ROWS = tl.constexpr(4)  # mean, inverse deviation, scale, bias
 
@@ -152,15 +152,8 @@ def _activate(
 
     selected [T, count, C] is unit there, corners says which one it is: 2 column + row, and 4 if the slope applies.
     """
-    task = tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    mean = load_table(table, task, channel, 0, C, TABLE_ROWS)
-    inverse = load_table(table, task, channel, 1, C, TABLE_ROWS)
-    scale = load_table(table, task, channel, 2, C, TABLE_ROWS)
-    bias = load_table(table, task, channel, 3, C, TABLE_ROWS)
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
+    task, position, channel, inside, at = pass_places(count, C, BLOCK_P, BLOCK_C)
+    mean, inverse, scale, bias = load_norm(table, task, channel, C, TABLE_ROWS)
     if POOL:
         rows: tl.constexpr = H // 2
         columns: tl.constexpr = W // 2

@@ -46,13 +46,41 @@ def block_sizes(kernel: str, elements: int, warps: int = 4, **shape: Any) -> dic
     return launch.settings(kernel, defaults, **shape)
 
 
-# --- where a position's gradient comes from ---
+# --- what passes over positions begin with ---
+
+
+@triton.jit
+def places(task, position, channel, count, C: tl.constexpr):
+    """(which are there, offsets in a tensor [T, count, C]), both [P, N], of positions [P] and channels [N]."""
+    inside = (position < count)[:, None] & (channel < C)[None, :]
+    return inside, ((task * count + position) * C)[:, None] + channel[None, :]
+
+
+@triton.jit
+def pass_places(count, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(task, position [P], channel [N], their :func:`places`) of a program of a grid (positions, channels, tasks)."""
+    task = tl.program_id(2).to(tl.int64)
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, at = places(task, position, channel, count, C)
+    return task, position, channel, inside, at
 
 
 @triton.jit
 def load_table(table, task, channel, row, C: tl.constexpr, ROWS: tl.constexpr):
     """One row [1, N] of numbers of channels, from a table [T, ROWS, C]."""
     return tl.load(table + (task * ROWS + row) * C + channel, mask=channel < C, other=0.0)[None, :]
+
+
+@triton.jit
+def load_norm(table, task, channel, C: tl.constexpr, ROWS: tl.constexpr):
+    """The first rows of a table: mean, inverse deviation, scale and bias."""
+    mean, inverse = load_table(table, task, channel, 0, C, ROWS), load_table(table, task, channel, 1, C, ROWS)
+    scale, bias = load_table(table, task, channel, 2, C, ROWS), load_table(table, task, channel, 3, C, ROWS)
+    return mean, inverse, scale, bias
+
+
+# --- where a position's gradient comes from ---
 
 
 @triton.jit
@@ -111,10 +139,8 @@ def sums_with_u(
     POOL: tl.constexpr,
 ):
     """partials [3, C]: sums of u [P, N], u unit and u dz over ``position`` [P]."""
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    mean, inverse = load_table(table, task, channel, 0, C, 4), load_table(table, task, channel, 1, C, 4)
-    scale, bias = load_table(table, task, channel, 2, C, 4), load_table(table, task, channel, 3, C, 4)
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
+    inside, at = places(task, position, channel, count, C)
+    mean, inverse, scale, bias = load_norm(table, task, channel, C, 4)
     unit = (tl.load(y + at, mask=inside, other=0.0).to(u.dtype) - mean) * inverse
     tl.store(partials + channel, tl.sum(u, 0), mask=channel < C)
     tl.store(partials + C + channel, tl.sum(u * unit, 0), mask=channel < C)
@@ -132,12 +158,9 @@ def sums_with_u(
 @triton.jit(do_not_specialize=["count"])
 def _moments(y, partials, count, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """partials [T, blocks, 2, C]: mean and squared deviations of blocks of y's positions, [T, count, C]."""
-    task, block = tl.program_id(2).to(tl.int64), tl.program_id(0)
-    position = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (position < count)[:, None] & (channel < C)[None, :]
+    task, _, channel, inside, at = pass_places(count, C, BLOCK_P, BLOCK_C)
+    block = tl.program_id(0)
     kind: tl.constexpr = partials.dtype.element_ty
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
     values = tl.load(y + at, mask=inside, other=0.0).to(kind)
     mean = tl.sum(values, 0) / tl.minimum(count - block * BLOCK_P, BLOCK_P).to(kind)
     apart = tl.where(inside, values - mean[None, :], 0.0)
@@ -164,11 +187,7 @@ def _second(
     BLOCK_C: tl.constexpr,
 ):
     """partials [T, blocks, 3, C]: sums of u, u unit and u dz over blocks of u's positions, [T, count, C]."""
-    task = tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (position < count)[:, None] & (channel < C)[None, :]
-    at = ((task * count + position) * C)[:, None] + channel[None, :]
+    task, position, channel, inside, at = pass_places(count, C, BLOCK_P, BLOCK_C)
     values = tl.load(u + at, mask=inside, other=0.0).to(partials.dtype.element_ty)
     to = partials + (task * tl.num_programs(0) + tl.program_id(0)) * (3 * C)
     sums_with_u(values, to, y, table, q, corners, position, task, channel, count, H, W, C, SLOPE, POOL)
