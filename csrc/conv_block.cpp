@@ -29,8 +29,9 @@ bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->
 struct Geometry {
   int64_t tasks, images, inputs, outputs, height, width, kernel;
   bool pool, first_layer;
+  Precision precision = Precision::kFloat32;
 
-  Geometry(const Tensor& x, const Tensor& weight, bool pool, bool first_layer)
+  Geometry(const Tensor& x, const Tensor& weight, bool pool, bool first_layer, Precision precision)
       : tasks(x.size(0)),
         images(x.size(1)),
         inputs(x.size(2)),
@@ -39,7 +40,8 @@ struct Geometry {
         width(x.size(4)),
         kernel(weight.size(3)),
         pool(pool),
-        first_layer(first_layer) {}
+        first_layer(first_layer),
+        precision(precision) {}
 
   // of images that are a convolution's output, without the rest
   Geometry(const Tensor& y, int64_t channels)
@@ -54,7 +56,7 @@ struct Geometry {
         first_layer(false) {}
 
   Plane plane() const { return {height, width, outputs}; }
-  ConvolutionShape convolution() const { return {tasks, images, height, width, kernel}; }
+  ConvolutionShape convolution() const { return {tasks, images, height, width, kernel, precision}; }
   FirstLayer layer() const { return {inputs, height, width, outputs}; }
   int64_t count() const { return images * height * width; }  // n
   int64_t image_size() const { return height * width * outputs; }
@@ -240,6 +242,7 @@ const T* interleaved(const Geometry& g, const Tensor& x, int64_t unit) {
   const T* image = x.const_data_ptr<T>() + unit / g.images * x.stride(0) + unit % g.images * x.stride(1);
   const int64_t strides[3] = {x.stride(2), x.stride(3), x.stride(4)};
   interleave(layer, image, strides, out);
+  if (dropped_bits<T>(g.precision)) round_values(g.precision, out, layer.image_size<T>(), out);
   return out;
 }
 
@@ -250,6 +253,7 @@ const T* taps_of(const Geometry& g, const T* weight) {
   T* out = scratch<T>(Slot::kWeights, g.tasks * size);
   for (int64_t task = 0; task < g.tasks; ++task)
     pack_taps(g.layer(), weight + task * g.outputs * g.taps(), out + task * size);
+  if (dropped_bits<T>(g.precision)) round_values(g.precision, out, g.tasks * size, out);
   return out;
 }
 
@@ -407,8 +411,10 @@ Sums<T> pooled_sums(const Geometry& g, const T* q, const T* y, const T* selected
     else
       reduce_full(g.plane(), q + at, y + unit * g.image_size(), channels.affine(task), slope, part);
     if (images)
-      first_weight_gradient(g.layer(), interleaved<T>(g, *images, unit), q + at, corners + at, slope,
-                            part + 2 * round_up(g.outputs, kWidth<T>));
+      with_dropped_bits<T>(g.precision, [&](auto dropped) {
+        first_weight_gradient<dropped>(g.layer(), interleaved<T>(g, *images, unit), q + at, corners + at, slope,
+                                       part + 2 * round_up(g.outputs, kWidth<T>));
+      });
   });
   sums.finish(g.tasks);
   return sums;
@@ -772,8 +778,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block(const Tensor& x, c
                                                               const Tensor& scale, const Tensor& bias,
                                                               const Tensor& eps, double slope, bool pool,
                                                               const OptionalTensor& patch_mean,
-                                                              const OptionalTensor& patch_covariance) {
-  const Geometry g(x, weight, pool, given(patch_mean));
+                                                              const OptionalTensor& patch_covariance,
+                                                              Precision precision) {
+  const Geometry g(x, weight, pool, given(patch_mean), precision);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> result;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block", [&] {
     result = forward<scalar_t>(g, x, weight, scale, bias, eps, scalar_t(slope), patches_of(patch_mean, patch_covariance));
@@ -785,8 +792,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward(
     const Tensor& q, const OptionalTensor& y_gradient, const Tensor& x, const Tensor& weight, const Tensor& scale,
     const Tensor& bias, const Tensor& eps, const Tensor& y, const Tensor& selected, const Tensor& corners,
     const Tensor& moments, double slope, bool pool, const OptionalTensor& patch_mean,
-    const OptionalTensor& patch_covariance, bool need_x, bool need_weight) {
-  const Geometry g(x, weight, pool, given(patch_mean));
+    const OptionalTensor& patch_covariance, bool need_x, bool need_weight, Precision precision) {
+  const Geometry g(x, weight, pool, given(patch_mean), precision);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> result;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_backward", [&] {
     result = backward<scalar_t>(g, q, y_gradient, x, weight, scale, bias, eps, y, selected, corners, moments,
@@ -801,8 +808,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_double_bac
     const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps, const Tensor& y,
     const Tensor& selected, const Tensor& corners, const Tensor& moments, const Tensor& dscale, const Tensor& dbias,
     const Tensor& sparse, double slope, bool pool, const OptionalTensor& patch_mean,
-    const OptionalTensor& patch_covariance, bool need_x, bool need_weight) {
-  const Geometry g(x, weight, pool, given(patch_mean));
+    const OptionalTensor& patch_covariance, bool need_x, bool need_weight, Precision precision) {
+  const Geometry g(x, weight, pool, given(patch_mean), precision);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> result;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_double_backward", [&] {
     result = double_backward<scalar_t>(g, on_x, on_weight, on_scale, on_bias, on_eps, q, x, weight, scale, bias, eps, y,
@@ -812,8 +819,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_double_bac
   return result;
 }
 
-Tensor conv_block_convolution(const Tensor& x, const Tensor& weight) {
-  const Geometry g(x, weight, false, false);
+Tensor conv_block_convolution(const Tensor& x, const Tensor& weight, Precision precision) {
+  const Geometry g(x, weight, false, false, precision);
   Tensor y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_convolution", [&] { y = convolution<scalar_t>(g, x, weight); });
   return y;

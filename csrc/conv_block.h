@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "rounding.h"
+
 namespace cxgrad {
 
 using at::Tensor;
@@ -15,12 +17,13 @@ using OptionalTensor = std::optional<Tensor>;
 //   y         [T, S, C, H, W] the convolution, none [0] in the first layer
 //   selected  [T, S, C, H / 2, W / 2] its normalised value at the arg-max, corners (uint8) which that is; [0] without pool
 //   moments   [T, 2, C] float64: mean and biased variance
-// Images lie channels last. Without an activation `slope` is 1.
+// Images lie channels last. Without an activation `slope` is 1. `precision`: of the products of float32 values.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block(const Tensor& x, const Tensor& weight,
                                                               const Tensor& scale, const Tensor& bias,
                                                               const Tensor& eps, double slope, bool pool,
                                                               const OptionalTensor& patch_mean,
-                                                              const OptionalTensor& patch_covariance);
+                                                              const OptionalTensor& patch_covariance,
+                                                              Precision precision);
 
 // (dx, dweight, dscale, dbias, deps, sparse) for the gradient q of `out` and `y_gradient` of `y`; what is not needed is
 // [0]. sparse [T, taps, C] float64 is the first layer's D, which its second derivative wants again.
@@ -28,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward(
     const Tensor& q, const OptionalTensor& y_gradient, const Tensor& x, const Tensor& weight, const Tensor& scale,
     const Tensor& bias, const Tensor& eps, const Tensor& y, const Tensor& selected, const Tensor& corners,
     const Tensor& moments, double slope, bool pool, const OptionalTensor& patch_mean,
-    const OptionalTensor& patch_covariance, bool need_x, bool need_weight);
+    const OptionalTensor& patch_covariance, bool need_x, bool need_weight, Precision precision);
 
 // (q, x, weight, scale, eps, y): the gradients of the first derivative's inputs for cotangents on its outputs dx, dweight,
 // dscale, dbias and deps; what is not needed is [0]
@@ -38,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_double_bac
     const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps, const Tensor& y,
     const Tensor& selected, const Tensor& corners, const Tensor& moments, const Tensor& dscale, const Tensor& dbias,
     const Tensor& sparse, double slope, bool pool, const OptionalTensor& patch_mean,
-    const OptionalTensor& patch_covariance, bool need_x, bool need_weight);
+    const OptionalTensor& patch_covariance, bool need_x, bool need_weight, Precision precision);
 
 // y and, without pooling, out again from what they were made of: what autograd need not keep (kernels/conv_block/cpp.py)
-Tensor conv_block_convolution(const Tensor& x, const Tensor& weight);
+Tensor conv_block_convolution(const Tensor& x, const Tensor& weight, Precision precision);
 Tensor conv_block_activation(const Tensor& y, const Tensor& scale, const Tensor& bias, const Tensor& eps,
                              const Tensor& moments, double slope);
 

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "norm.h"
+#include "rounding.h"
 #include "simd.h"
 
 namespace cxgrad {
@@ -135,14 +136,14 @@ inline Vec<T> at_corners(const T* pixels, Vec<Integer<T>> corners) {
 inline constexpr int kInputsAtOnce = 3;  // their 27 sums fit the registers of AVX-512
 
 // a row of windows: sums [9 * Inputs, ...] += patch * dz, a row in T, rows in double
-template <class T, int Inputs, class Lanes>
+template <int Dropped, class T, int Inputs, class Lanes>
 inline void accumulate_taps(const FirstLayer& layer, const T* window, const T* q, const uint8_t* corners, T slope,
                             int64_t windows, Lanes lanes, double* sums, int64_t sum_row) {
   Vec<T> sum[9 * Inputs];
   unrolled<9 * Inputs>([&](auto k) CXGRAD_INLINE { sum[k] = Vec<T>{}; });
   for (int64_t j = 0; j < windows; ++j) {
     const auto code = Corners<T>::read(corners + j * layer.outputs, lanes);
-    const Vec<T> dz = load(q + j * layer.outputs, lanes) * Corners<T>::factor(code, slope);
+    const Vec<T> dz = rounded<Dropped, T>(load(q + j * layer.outputs, lanes) * Corners<T>::factor(code, slope));
     const auto corner = Corners<T>::at(code);
     unrolled<3 * Inputs>([&](auto row) CXGRAD_INLINE {
       const T* pixels = window + tap_offset(layer, row / 3, row % 3, 2 * j);
@@ -154,8 +155,9 @@ inline void accumulate_taps(const FirstLayer& layer, const T* window, const T* q
   unrolled<9 * Inputs>([&](auto k) CXGRAD_INLINE { add_to<T>(sums + k * sum_row, sum[k]); });
 }
 
-// sum [taps, padded outputs] += the window's patch times dz = q * factor, at the arg-max: D of MATH.md 2
-template <class T>
+// sum [taps, padded outputs] += the window's patch times dz = q * factor, at the arg-max: D of MATH.md 2; dz without
+// its last `Dropped` bits
+template <int Dropped, class T>
 void first_weight_gradient(const FirstLayer& layer, const T* image, const T* q, const uint8_t* corners, T slope,
                            double* sum) {
   const int64_t rows = layer.height / 2, columns = layer.width / 2, sum_row = round_up(layer.outputs, kWidth<T>);
@@ -166,10 +168,11 @@ void first_weight_gradient(const FirstLayer& layer, const T* image, const T* q, 
         const T* window = image + tap_offset(layer, input, 2 * i, 0);
         double* sums = sum + 9 * input * sum_row + c;
         if (kRegisters == 32 && layer.inputs - input >= kInputsAtOnce) {
-          accumulate_taps<T, kInputsAtOnce>(layer, window, q + at, corners + at, slope, columns, lanes, sums, sum_row);
+          accumulate_taps<Dropped, T, kInputsAtOnce>(layer, window, q + at, corners + at, slope, columns, lanes, sums,
+                                                     sum_row);
           input += kInputsAtOnce;
         } else {
-          accumulate_taps<T, 1>(layer, window, q + at, corners + at, slope, columns, lanes, sums, sum_row);
+          accumulate_taps<Dropped, T, 1>(layer, window, q + at, corners + at, slope, columns, lanes, sums, sum_row);
           input += 1;
         }
       }

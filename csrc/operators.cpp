@@ -12,6 +12,7 @@
 #include "patch_statistics.h"
 #include "residual_end.h"
 #include "simd.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace cxgrad {
@@ -141,6 +142,13 @@ std::tuple<at::Tensor, at::Tensor> checked_patch_statistics(const at::Tensor& x)
 
 // --- conv_block ---
 
+Precision precision_of(const std::string& name) {
+  if (name == "float32") return Precision::kFloat32;
+  if (name == "tf32") return Precision::kTf32;
+  TORCH_CHECK_VALUE(name == "bfloat16", "precision must be float32, tf32 or bfloat16, got ", name);
+  return Precision::kBfloat16;
+}
+
 // what every derivative has of the forward operator's arguments
 void check_block(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps,
                  bool pool, const OptionalTensor& patch_mean, const OptionalTensor& patch_covariance) {
@@ -194,17 +202,18 @@ void check_saved(const Tensor& q, const Tensor& x, const Tensor& weight, const T
 
 auto checked_conv_block(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias,
                         const Tensor& eps, double slope, bool pool, const OptionalTensor& patch_mean,
-                        const OptionalTensor& patch_covariance) {
+                        const OptionalTensor& patch_covariance, const std::string& precision) {
   check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
   TORCH_CHECK_VALUE(slope >= 0, "slope must not be negative, got ", slope);
-  return conv_block(x, weight, scale, bias, eps, slope, pool, patch_mean, patch_covariance);
+  return conv_block(x, weight, scale, bias, eps, slope, pool, patch_mean, patch_covariance, precision_of(precision));
 }
 
 auto checked_conv_block_backward(const Tensor& q, const OptionalTensor& y_gradient, const Tensor& x,
                                  const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps,
                                  const Tensor& y, const Tensor& selected, const Tensor& corners, const Tensor& moments,
                                  double slope, bool pool, const OptionalTensor& patch_mean,
-                                 const OptionalTensor& patch_covariance, bool need_x, bool need_weight) {
+                                 const OptionalTensor& patch_covariance, bool need_x, bool need_weight,
+                                 const std::string& precision) {
   check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
   check_saved(q, x, weight, y, selected, corners, moments, pool, patch_mean.has_value());
   if (y_gradient) {
@@ -212,7 +221,7 @@ auto checked_conv_block_backward(const Tensor& q, const OptionalTensor& y_gradie
     check_like("y_gradient", *y_gradient, "x", x);
   }
   return conv_block_backward(q, y_gradient, x, weight, scale, bias, eps, y, selected, corners, moments, slope, pool,
-                             patch_mean, patch_covariance, need_x, need_weight);
+                             patch_mean, patch_covariance, need_x, need_weight, precision_of(precision));
 }
 
 auto checked_conv_block_double_backward(
@@ -221,7 +230,7 @@ auto checked_conv_block_double_backward(
     const Tensor& scale, const Tensor& bias, const Tensor& eps, const Tensor& y, const Tensor& selected,
     const Tensor& corners, const Tensor& moments, const Tensor& dscale, const Tensor& dbias, const Tensor& sparse,
     double slope, bool pool, const OptionalTensor& patch_mean, const OptionalTensor& patch_covariance, bool need_x,
-    bool need_weight) {
+    bool need_weight, const std::string& precision) {
   check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
   check_saved(q, x, weight, y, selected, corners, moments, pool, patch_mean.has_value());
   const std::pair<const char*, std::pair<const OptionalTensor&, const Tensor&>> cotangents[] = {
@@ -242,13 +251,13 @@ auto checked_conv_block_double_backward(
   TORCH_CHECK_VALUE(sparse.scalar_type() == at::kDouble, "sparse must be Double, got ", sparse.scalar_type());
   return conv_block_double_backward(on_x, on_weight, on_scale, on_bias, on_eps, q, x, weight, scale, bias, eps, y,
                                     selected, corners, moments, dscale, dbias, sparse, slope, pool, patch_mean,
-                                    patch_covariance, need_x, need_weight);
+                                    patch_covariance, need_x, need_weight, precision_of(precision));
 }
 
-Tensor checked_conv_block_convolution(const Tensor& x, const Tensor& weight) {
+Tensor checked_conv_block_convolution(const Tensor& x, const Tensor& weight, const std::string& precision) {
   const Tensor affine = x.new_empty({weight.size(0), weight.dim() > 1 ? weight.size(1) : 0});
   check_block(x, weight, affine, affine, x.new_empty({x.size(0)}), false, std::nullopt, std::nullopt);
-  return conv_block_convolution(x, weight);
+  return conv_block_convolution(x, weight, precision_of(precision));
 }
 
 Tensor checked_conv_block_activation(const Tensor& y, const Tensor& scale, const Tensor& bias, const Tensor& eps,
@@ -313,7 +322,8 @@ Tensor checked_residual_end_double_backward(const Tensor& cotangent, const Tenso
 }
 
 std::string instruction_set() {
-  return kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
+  const std::string vectors = kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
+  return has_tiles() ? vectors + " and AMX" : vectors;
 }
 
 }  // namespace
@@ -321,6 +331,7 @@ std::string instruction_set() {
 
 TORCH_LIBRARY(cxgrad_fast, m) {
   m.def("instruction_set() -> str", &cxgrad::instruction_set);
+  m.def("has_tiles() -> bool", &cxgrad::has_tiles);
 
   m.def("scale_weights(Tensor[] weights, Tensor gammas) -> Tensor[]");
   m.def("scale_weights_backward(Tensor[] weights, Tensor gammas, Tensor[] v) -> (Tensor[], Tensor)");
@@ -338,20 +349,21 @@ TORCH_LIBRARY(cxgrad_fast, m) {
 
   m.def(
       "conv_block(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor eps, float slope, bool pool,"
-      " Tensor? patch_mean, Tensor? patch_covariance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? patch_mean, Tensor? patch_covariance, str precision=\"float32\")"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_block_backward(Tensor q, Tensor? y_gradient, Tensor x, Tensor weight, Tensor scale, Tensor bias,"
       " Tensor eps, Tensor y, Tensor selected, Tensor corners, Tensor moments, float slope, bool pool,"
-      " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight,"
+      " str precision=\"float32\") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_block_double_backward(Tensor? on_x, Tensor? on_weight, Tensor? on_scale, Tensor? on_bias, Tensor? on_eps,"
       " Tensor q, Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor eps, Tensor y, Tensor selected,"
       " Tensor corners, Tensor moments, Tensor dscale, Tensor dbias, Tensor sparse, float slope, bool pool,"
-      " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? patch_mean, Tensor? patch_covariance, bool need_x, bool need_weight,"
+      " str precision=\"float32\") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  m.def("conv_block_convolution(Tensor x, Tensor weight) -> Tensor");
+  m.def("conv_block_convolution(Tensor x, Tensor weight, str precision=\"float32\") -> Tensor");
   m.def(
       "conv_block_activation(Tensor y, Tensor scale, Tensor bias, Tensor eps, Tensor moments, float slope) -> Tensor");
 
@@ -364,6 +376,7 @@ TORCH_LIBRARY(cxgrad_fast, m) {
 
   // for tests and benches
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
+  m.def("assume_tiles(bool there) -> ()", &cxgrad::assume_tiles);
   m.def("poison_buffers(bool on) -> ()", &cxgrad::poison_buffers);
   m.def("release_buffers() -> int", &cxgrad::release_buffers);
   m.def("fresh_buffer_bytes() -> int", &cxgrad::fresh_buffer_bytes);

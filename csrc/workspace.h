@@ -37,7 +37,19 @@ class Scratch {
 };
 
 // what a slot holds is valid until its next use on the same thread
-enum class Slot { kTransformedA, kTransformedB, kProducts, kWeights, kPartials, kSums, kRows, kGradient, kCount };
+enum class Slot {
+  kTransformedA,
+  kTransformedB,
+  kFactorsA,
+  kFactorsB,
+  kProducts,
+  kWeights,
+  kPartials,
+  kSums,
+  kRows,
+  kGradient,
+  kCount
+};
 
 template <class T>
 inline T* scratch(Slot slot, int64_t count) {

@@ -419,18 +419,14 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Of parameters and all that is stored; tf32 and bfloat16 are how the Triton operators multiply."""
+    """Of parameters and all that is stored; tf32 and bfloat16 are how the fast operators multiply."""
     run = config.run
     if run.precision in ("tf32", "bfloat16"):
-        why_not = backends.why_not("triton")
-        if not why_not and device.type != "cuda" and not backends.interpreting():
-            why_not = f"they run on CUDA devices, and run.device is {run.device}"
-        if run.backend not in ("auto", "triton"):
-            why_not = f"run.backend is {run.backend}"
+        why_not = backends.why_not_precision(run.precision, run.backend, device)
         if why_not:
             raise InputError(
-                f"setting 'run.precision' (={run.precision}) needs the Triton operators ({why_not}): "
-                "use float32 or float64"
+                f"setting 'run.precision' (={run.precision}) is not for this machine: {why_not}; use float32 or float64 "
+                f"({backends.ROUND_IN_SOFTWARE}=1 allows it on any CPU, to study its accuracy: no faster than float32)"
             )
     return torch.float64 if run.precision == "float64" else torch.float32
 

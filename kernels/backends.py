@@ -31,6 +31,8 @@ _PRECISIONS = (torch.float32, torch.float64)  # that they have
 _LEAST_CAPABILITY = 8
 _PRODUCTS = ("float32", "tf32", "bfloat16")
 
+ROUND_IN_SOFTWARE = "CXGRAD_ROUND_IN_SOFTWARE"
+
 _configured: ContextVar[str] = ContextVar("cxgrad_backend", default="auto")
 _products: ContextVar[str] = ContextVar("cxgrad_precision", default="float32")
 
@@ -73,7 +75,8 @@ def use_backend(name: str) -> Iterator[None]:
 def use_precision(name: str) -> Iterator[None]:
     """Multiply float32 values in this block, and in this thread, as ``float32``, ``tf32`` or ``bfloat16``.
 
-    On tensor cores, that is: sums, statistics and everything elementwise stay float32, and so do the backends for CPUs.
+    The factors of the convolutions, that is: sums, statistics and everything elementwise stay float32, and so does the
+    reference. Where no unit of the machine multiplies so, the C++ operators round the factors and are no faster.
     Derivatives of what was computed here are taken in the same precision, wherever they are taken.
 
     Raises:
@@ -91,6 +94,26 @@ def use_precision(name: str) -> Iterator[None]:
 def precision() -> str:
     """The precision of products, :func:`use_precision`'s."""
     return _products.get()
+
+
+def why_not_precision(name: str, backend: str, device: torch.device) -> str:
+    """Why ``tf32`` or ``bfloat16`` products cannot be had here from a backend (or ``auto``); empty where they can.
+
+    On CPUs bfloat16 needs AMX, unless ``CXGRAD_ROUND_IN_SOFTWARE`` is 1.
+    """
+    if backend == "reference":
+        return "run.backend is reference, which has no such products"
+    if device.type == "cuda" or backend == "triton" or (backend == "auto" and interpreting()):
+        if device.type != "cuda" and not interpreting():
+            return f"the Triton operators run on CUDA devices, not on {device.type}"
+        return why_not("triton")
+    if reason := why_not("cpp"):
+        return f"it needs the C++ operators ({reason})"
+    if os.environ.get(ROUND_IN_SOFTWARE, "") == "1":
+        return ""
+    if name == "tf32":
+        return "it needs the Triton operators on a CUDA device"
+    return "" if torch.ops.cxgrad_fast.has_tiles() else "it needs a CUDA device or a CPU with AMX, and this CPU has none"
 
 
 def interpreting() -> bool:

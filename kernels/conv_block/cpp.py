@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cxgrad_fast.kernels.conv_block.chain import Chain
+from cxgrad_fast.kernels import backends
+from cxgrad_fast.kernels.conv_block.chain import Chain, Kernel
 from cxgrad_fast.kernels.registration import launcher, operator
 
 
@@ -16,7 +18,7 @@ def _images(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtyp
     return x.new_empty((*x.shape[:2], height, width, channels), dtype=dtype).permute(0, 1, 4, 2, 3)
 
 
-def _fake_convolution(x: Tensor, weight: Tensor) -> Tensor:
+def _fake_convolution(x: Tensor, weight: Tensor, precision: str = "float32") -> Tensor:
     return _images(x, weight.shape[1], *x.shape[3:])
 
 
@@ -34,6 +36,7 @@ def _fake(
     pool: bool,
     patch_mean: Tensor | None,
     patch_covariance: Tensor | None,
+    precision: str = "float32",
 ) -> tuple[Tensor, ...]:
     (height, width), channels = x.shape[3:], weight.shape[1]
     size = (height // 2, width // 2) if pool else (height, width)
@@ -49,7 +52,7 @@ def _like_images(tensor: Tensor) -> Tensor:
 
 
 def _fake_backward(q: Tensor, y_gradient: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    patch_mean, need_x, need_weight = rest[-4], rest[-2], rest[-1]
+    patch_mean, _, need_x, need_weight, _ = rest[-5:]
     tasks, channels = weight.shape[:2]
     dx = _like_images(x) if need_x and patch_mean is None else x.new_empty(0)
     dweight = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
@@ -61,7 +64,7 @@ def _fake_backward(q: Tensor, y_gradient: Tensor | None, x: Tensor, weight: Tens
 def _fake_double_backward(*arguments: Any) -> tuple[Tensor, ...]:
     on_x, on_weight = arguments[:2]
     q, x, weight = arguments[5:8]
-    patch_mean, need_x, need_weight = arguments[-4], arguments[-2], arguments[-1]
+    patch_mean, _, need_x, need_weight, _ = arguments[-5:]
     tasks, channels = weight.shape[:2]
     first_layer = patch_mean is not None
     x_gradient = _like_images(x) if need_x and on_weight is not None and not first_layer else x.new_empty(0)
@@ -83,9 +86,10 @@ def conv_block(
     pool: bool,
     patch_mean: Tensor | None,
     patch_covariance: Tensor | None,
+    precision: str = "float32",
 ) -> tuple[Tensor, ...]:
     """(out, y, selected, corners, moments), see csrc/conv_block.h; scale and bias ``[T, C]``."""
-    return _chain.apply(x, weight, scale, bias, eps, slope, pool, patch_mean, patch_covariance)
+    return _chain(precision).apply(x, weight, scale, bias, eps, slope, pool, patch_mean, patch_covariance)
 
 
 @operator(fake=_fake_backward)
@@ -107,11 +111,12 @@ def conv_block_backward(
     patch_covariance: Tensor | None,
     need_x: bool,
     need_weight: bool,
+    precision: str = "float32",
 ) -> tuple[Tensor, ...]:
     """Cotangents ``q`` of out and ``y_gradient`` of y -> (dx, dweight, dscale, dbias, deps, sparse)."""
     arguments = (x, weight, scale, bias, eps, y, selected, corners, moments)
     options = (slope, pool, patch_mean, patch_covariance, need_x, need_weight)
-    return _chain.apply_backward(q, y_gradient, *arguments, *options)
+    return _chain(precision).apply_backward(q, y_gradient, *arguments, *options)
 
 
 @operator(fake=_fake_double_backward)
@@ -140,22 +145,43 @@ def conv_block_double_backward(
     patch_covariance: Tensor | None,
     need_x: bool,
     need_weight: bool,
+    precision: str = "float32",
 ) -> tuple[Tensor, ...]:
     """Cotangents of the five gradients -> gradients of (q, x, weight, scale, eps, y)."""
     cotangents = (on_x, on_weight, on_scale, on_bias, on_eps)
     arguments = (q, x, weight, scale, bias, eps, y, selected, corners, moments, dscale, dbias, sparse)
     options = (slope, pool, patch_mean, patch_covariance, need_x, need_weight)
-    return _chain.apply_double_backward(*cotangents, *arguments, *options)
+    return _chain(precision).apply_double_backward(*cotangents, *arguments, *options)
 
 
-_chain = Chain(
-    forward=launcher("conv_block"),
-    backward=launcher("conv_block_backward"),
-    double_backward=launcher("conv_block_double_backward"),
-    convolution=launcher("conv_block_convolution", fake=_fake_convolution),
-    activation=launcher("conv_block_activation", fake=_fake_activation),
-    call=conv_block,
-    call_backward=conv_block_backward,
-    call_double_backward=conv_block_double_backward,
-)
-block = _chain.block
+def block(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the definition, with its options; group norm and given statistics are left to it."""
+    return _chain(backends.precision()).block(x, weight, scale, bias, eps, **options)
+
+
+_forward = launcher("conv_block")
+_backward = launcher("conv_block_backward")
+_double_backward = launcher("conv_block_double_backward")
+_convolution = launcher("conv_block_convolution", fake=_fake_convolution)
+_activation = launcher("conv_block_activation", fake=_fake_activation)
+
+
+@functools.cache
+def _chain(precision: str) -> Chain:
+    """The operators with their products in one precision: float32, tf32 or bfloat16."""
+
+    def of(kernel: Kernel) -> Kernel:
+        return lambda *arguments: kernel(*arguments, precision)
+
+    return Chain(
+        forward=of(_forward),
+        backward=of(_backward),
+        double_backward=of(_double_backward),
+        convolution=of(_convolution),
+        activation=_activation,
+        call=of(conv_block),
+        call_backward=of(conv_block_backward),
+        call_double_backward=of(conv_block_double_backward),
+    )
