@@ -1,5 +1,5 @@
-// Products of float32 values in fewer digits: both factors are rounded to the nearest value (ties to even), the sums stay
-// float32. What a tensor core or a tile register does to its operands, for any machine.
+// Products of float32 values in fewer digits: both factors are rounded to the nearest value, the sums stay float32. What
+// tensor cores and tile registers are given, for any machine (kernels/conv_block/convolution.py has the same for Triton).
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,8 @@ inline Vec<T> rounded(Vec<T> value) {
   } else {
     Vec<int32_t> bits;
     std::memcpy(&bits, &value, sizeof bits);
-    bits += ((bits >> Dropped) & 1) + ((1 << (Dropped - 1)) - 1);
+    // TF32: ties away from zero, as cvt.rna has it; bfloat16: to even
+    bits += Dropped == 16 ? ((bits >> Dropped) & 1) + 0x7fff : Vec<int32_t>{} + (1 << (Dropped - 1));
     bits &= -(1 << Dropped);
     Vec<T> out;
     std::memcpy(&out, &bits, sizeof out);

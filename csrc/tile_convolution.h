@@ -149,17 +149,16 @@ inline int64_t tile_weight_size(int64_t kernel, int64_t inputs, int64_t outputs)
 inline void pack_tile_weight(const float* w, int64_t kernel, int64_t inputs, int64_t outputs, bool turned, uint32_t* out) {
   const int64_t taps = kernel * kernel, columns = tile_columns(outputs), rows = blocks_of(kernel * inputs, 32) * 16;
   std::memset(out, 0, size_t(tile_weight_size(kernel, inputs, outputs)) * sizeof(uint32_t));
-  float values[9];
-  uint16_t digits[9];
-  for (int64_t co = 0; co < outputs; ++co)
+  uint16_t* digits = scratch<uint16_t>(Slot::kFactorsA, taps * inputs * outputs);
+  to_bfloat16(w, taps * inputs * outputs, digits);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+  const int64_t output_step = turned ? taps : taps * inputs, input_step = turned ? taps * outputs : taps;
+  for (int64_t k = 0; k < taps; ++k)
     for (int64_t ci = 0; ci < inputs; ++ci) {
-      const float* g = w + (turned ? ci * outputs + co : co * inputs + ci) * taps;
-      for (int64_t k = 0; k < taps; ++k) values[k] = g[turned ? taps - 1 - k : k];
-      to_bfloat16(values, taps, digits);
-      for (int64_t k = 0; k < taps; ++k) {
-        const int64_t product = k % kernel * inputs + ci;
-        out[(k / kernel * rows + product / 2) * columns + co] |= uint32_t(digits[k]) << (product % 2 * 16);
-      }
+      const int64_t product = k % kernel * inputs + ci;
+      const uint16_t* from = digits + ci * input_step + (turned ? taps - 1 - k : k);
+      uint16_t* to = halves + (k / kernel * rows + product / 2) * columns * 2 + product % 2;
+      for (int64_t co = 0; co < outputs; ++co) to[2 * co] = from[co * output_step];
     }
 }
 

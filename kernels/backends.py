@@ -101,8 +101,9 @@ def why_not_precision(name: str, backend: str, device: torch.device) -> str:
 
     On CPUs bfloat16 needs AMX, unless ``CXGRAD_ROUND_IN_SOFTWARE`` is 1.
     """
+    backend = os.environ.get("CXGRAD_BACKEND", "") or backend
     if backend == "reference":
-        return "run.backend is reference, which has no such products"
+        return "the reference operators have no such products"
     if device.type == "cuda" or backend == "triton" or (backend == "auto" and interpreting()):
         if device.type != "cuda" and not interpreting():
             return f"the Triton operators run on CUDA devices, not on {device.type}"

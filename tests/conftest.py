@@ -8,7 +8,7 @@ import torch
 from cxgrad_fast.kernels import backends
 
 # what a person has set in his shell must not decide what is tested
-for name in ("CXGRAD_BACKEND", "CXGRAD_CACHE", "CXGRAD_CONVOLUTION", "CXGRAD_LAUNCH"):
+for name in ("CXGRAD_BACKEND", "CXGRAD_CACHE", "CXGRAD_CONVOLUTION", "CXGRAD_LAUNCH", "CXGRAD_ROUND_IN_SOFTWARE"):
     os.environ.pop(name, None)
 # models this small spend their time in the barriers between two threads (docs/traps.md); children inherit it
 os.environ["OMP_NUM_THREADS"] = "1"

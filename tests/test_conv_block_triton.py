@@ -65,6 +65,13 @@ def test_fast_products_are_rounded_and_no_more(interpreted: dict[str, Any]) -> N
     assert max(interpreted["low"]["tensors"].values()) <= 2, interpreted["low"]["tensors"]
 
 
+def test_fast_products_equal_the_cpp_operators(interpreted: dict[str, Any]) -> None:
+    """Which round in software where no unit does: the same factors, so that accuracies of one speak of the other."""
+    assert list(interpreted["cpp"]) == ["tf32", "bfloat16"]
+    for precision, errors in interpreted["cpp"].items():
+        assert max(errors.values()) < 2e-6, (precision, errors)
+
+
 def test_bits_repeat_and_tasks_do_not_see_each_other(interpreted: dict[str, Any]) -> None:
     assert interpreted["bits"] == []
 

@@ -58,6 +58,13 @@ def test_fast_products_are_rounded_and_no_more(interpreted: dict[str, Any]) -> N
     assert max(interpreted["low"]["tensors"].values()) <= 2, interpreted["low"]["tensors"]
 
 
+def test_fast_products_equal_the_cpp_operators(interpreted: dict[str, Any]) -> None:
+    """Which round in software where no unit does: the same factors, so that accuracies of one speak of the other."""
+    assert list(interpreted["cpp"]) == ["tf32", "bfloat16"]
+    for precision, errors in interpreted["cpp"].items():
+        assert max(errors.values()) < 2e-6, (precision, errors)
+
+
 @pytest.mark.parametrize("name", [case.name for case in child.PATCH_CASES])
 def test_patch_statistics(interpreted: dict[str, Any], name: str) -> None:
     """Of float32 images to float64 accuracy; an empty set's are compared for shape alone."""

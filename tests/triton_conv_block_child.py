@@ -89,20 +89,26 @@ class Block:
 # --- against the C++ operators ---
 
 
-def contract_errors(case: Case, device: str = "cpu", parts: bool = False) -> dict[str, float]:
-    """Relative float64 error of every output of the three functions, and of parts of the second derivative."""
+def contract_errors(
+    case: Case,
+    device: str = "cpu",
+    parts: bool = False,
+    dtype: torch.dtype = torch.float64,
+    precision: str = "float32",
+) -> dict[str, float]:
+    """Relative error of every output of the three functions, and of parts of the second derivative."""
     ops = torch.ops.cxgrad_fast
-    b = Block(case, torch.float64, device)
+    b = Block(case, dtype, device)
     host = [tensor.cpu() for tensor in b.leaves]
     options, patches = (b.slope, case.pool), (None, None)
-    found, wanted = forward(*b.leaves, *options, precision="float32"), ops.conv_block(*host, *options, *patches)
+    found, wanted = forward(*b.leaves, *options, precision=precision), ops.conv_block(*host, *options, *patches, precision)
     errors = _compare("forward", OUTPUTS[0], found, wanted)
     saved, saved_host = found[1:], wanted[1:]
     q, more = b.normal(wanted[0]), b.normal(wanted[1])
     for name, other in (("backward", None), ("backward+", more)) if parts else (("backward+", more),):
         sent = None if other is None else other.to(device)
-        found = backward(q.to(device), sent, *b.leaves, *saved, *options, True, True, precision="float32")
-        wanted = ops.conv_block_backward(q, other, *host, *saved_host, *options, *patches, True, True)
+        found = backward(q.to(device), sent, *b.leaves, *saved, *options, True, True, precision=precision)
+        wanted = ops.conv_block_backward(q, other, *host, *saved_host, *options, *patches, True, True, precision)
         errors |= _compare(name, OUTPUTS[1], found, wanted)
     sums = wanted[2:4]  # any will do
     cotangents = [b.normal(tensor) for tensor in wanted[:5]]
@@ -112,9 +118,9 @@ def contract_errors(case: Case, device: str = "cpu", parts: bool = False) -> dic
             sent = [None if tensor is None else tensor.to(device) for tensor in on]
             there = [tensor.to(device) for tensor in sums]
             arguments = (*sent, q.to(device), *b.leaves, *saved, *there, *options, *needs)
-            found = double_backward(*arguments, precision="float32")
+            found = double_backward(*arguments, precision=precision)
             wanted = ops.conv_block_double_backward(
-                *on, q, *host, *saved_host, *sums, torch.empty(0).double(), *options, *patches, *needs
+                *on, q, *host, *saved_host, *sums, torch.empty(0).double(), *options, *patches, *needs, precision
             )
             errors |= _compare(f"double{left_out}{needs}", OUTPUTS[2], found, wanted)
     return errors
@@ -278,6 +284,10 @@ CHECKS: dict[str, Any] = {
         "tf32": low_precision(torch.float32, "tf32"),
         "bfloat16": low_precision(torch.float32, "bfloat16"),
         "tensors": low_precision(torch.bfloat16, "float32"),
+    },
+    "cpp": lambda: {
+        precision: contract_errors(SMALL["plain"], dtype=torch.float32, precision=precision)
+        for precision in ("tf32", "bfloat16")
     },
     "bits": lambda: different_bits(replace(SMALL["no_pool"], images=6, height=5, width=5)),
     "far": beyond_int32,

@@ -89,22 +89,28 @@ class Layer:
 # --- against the C++ operators ---
 
 
-def contract_errors(case: Case, device: str = "cpu", parts: bool = False) -> dict[str, float]:
-    """Relative float64 error of every output of the three functions, and of parts of the derivatives."""
+def contract_errors(
+    case: Case,
+    device: str = "cpu",
+    parts: bool = False,
+    dtype: torch.dtype = torch.float64,
+    precision: str = "float32",
+) -> dict[str, float]:
+    """Relative error of every output of the three functions, and of parts of the derivatives."""
     ops = torch.ops.cxgrad_fast
-    b = Layer(case, torch.float64, device)
+    b = Layer(case, dtype, device)
     host = [tensor.cpu() for tensor in (b.x, *b.leaves)]
     patches = [tensor.cpu() for tensor in b.patches]
-    found = first_layer.forward(b.x, *b.leaves, b.slope, *b.patches, precision="float32")
-    wanted = ops.conv_block(*host, b.slope, True, *patches)
+    found = first_layer.forward(b.x, *b.leaves, b.slope, *b.patches, precision=precision)
+    wanted = ops.conv_block(*host, b.slope, True, *patches, precision)
     errors = _compare("forward", OUTPUTS[0], found, wanted)
     saved, saved_host = found[2:], wanted[1:]
     q = b.normal(wanted[0])
     sums = {}
     for need in (False, True):
         arguments = (q.to(device), b.x, *b.leaves, *saved, b.slope, *b.patches, need)
-        found = first_layer.backward(*arguments, precision="float32")
-        wanted = ops.conv_block_backward(q, None, *host, *saved_host, b.slope, True, *patches, False, need)
+        found = first_layer.backward(*arguments, precision=precision)
+        wanted = ops.conv_block_backward(q, None, *host, *saved_host, b.slope, True, *patches, False, need, precision)
         errors |= _compare(f"backward {need}", OUTPUTS[1], found, wanted)
         sums[need] = (*wanted[2:4], wanted[5])
     cotangents = [b.normal(tensor) for tensor in wanted[1:5]]
@@ -116,9 +122,9 @@ def contract_errors(case: Case, device: str = "cpu", parts: bool = False) -> dic
         sent = [None if tensor is None else tensor.to(device) for tensor in on]
         there = [tensor.to(device) for tensor in sums[has_sparse]]
         arguments = (*sent, q.to(device), b.x, *b.leaves, *saved, *there, b.slope, *b.patches, need)
-        found = first_layer.double_backward(*arguments, precision="float32")
+        found = first_layer.double_backward(*arguments, precision=precision)
         wanted = ops.conv_block_double_backward(
-            None, *on, q, *host, *saved_host, *sums[has_sparse], b.slope, True, *patches, False, need
+            None, *on, q, *host, *saved_host, *sums[has_sparse], b.slope, True, *patches, False, need, precision
         )
         errors |= _compare(f"double {left_out} {need} {has_sparse}", OUTPUTS[2], found, wanted)
     return errors
@@ -322,6 +328,10 @@ def beyond_int32() -> dict[str, float]:
 CHECKS: dict[str, Any] = {
     "contract": lambda: {case.name: contract_errors(case, parts=case.name == "first_layer") for case in COMBINED},
     "rounding": lambda: {case.name: rounding(case) for case in ROUNDED},
+    "cpp": lambda: {
+        precision: contract_errors(LAYERS["first_layer"], dtype=torch.float32, precision=precision)
+        for precision in ("tf32", "bfloat16")
+    },
     "low": lambda: {
         "tf32": low_precision(torch.float32, "tf32"),
         "bfloat16": low_precision(torch.float32, "bfloat16"),

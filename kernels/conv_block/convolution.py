@@ -80,8 +80,9 @@ def _tf32(values):
 
 @triton.jit
 def _bfloat16(values):
-    if INTERPRETED:  # whose products of bfloat16 are those of their bit patterns
-        return values.to(tl.bfloat16).to(tl.float32)
+    if INTERPRETED:  # which cuts the last bits off, and multiplies bit patterns
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return values.to(tl.bfloat16)
 
 
@@ -139,6 +140,8 @@ def _pack(
         tl.store(to + ROWS * PADDED, values - _tf32(values), mask=row < ROWS)
     if PRODUCTS == "tf32x3" or PRODUCTS == "tf32":
         values = _tf32(values)
+    elif PRODUCTS == "bfloat16":
+        values = _bfloat16(values)
     tl.store(to, values.to(packed.dtype.element_ty), mask=row < ROWS)
 
 

@@ -51,8 +51,10 @@ def _like_images(tensor: Tensor) -> Tensor:
     return _images(tensor, *tensor.shape[2:])
 
 
-def _fake_backward(q: Tensor, y_gradient: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    patch_mean, _, need_x, need_weight, _ = rest[-5:]
+def _fake_backward(
+    q: Tensor, y_gradient: Tensor | None, x: Tensor, weight: Tensor, *rest: Any, precision: str = "float32"
+) -> tuple[Tensor, ...]:
+    patch_mean, _, need_x, need_weight = rest[9:13]
     tasks, channels = weight.shape[:2]
     dx = _like_images(x) if need_x and patch_mean is None else x.new_empty(0)
     dweight = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
@@ -61,10 +63,10 @@ def _fake_backward(q: Tensor, y_gradient: Tensor | None, x: Tensor, weight: Tens
     return dx, dweight, x.new_empty((tasks, channels)), x.new_empty((tasks, channels)), x.new_empty(tasks), sparse
 
 
-def _fake_double_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_double_backward(*arguments: Any, precision: str = "float32") -> tuple[Tensor, ...]:
     on_x, on_weight = arguments[:2]
     q, x, weight = arguments[5:8]
-    patch_mean, _, need_x, need_weight, _ = arguments[-5:]
+    patch_mean, _, need_x, need_weight = arguments[20:24]
     tasks, channels = weight.shape[:2]
     first_layer = patch_mean is not None
     x_gradient = _like_images(x) if need_x and on_weight is not None and not first_layer else x.new_empty(0)
