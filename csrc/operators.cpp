@@ -376,7 +376,7 @@ TORCH_LIBRARY(cxgrad_fast, m) {
 
   // for tests and benches
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
-  m.def("assume_tiles(bool there) -> ()", &cxgrad::assume_tiles);
+  m.def("assume_tiles(bool? there) -> ()", &cxgrad::assume_tiles);
   m.def("poison_buffers(bool on) -> ()", &cxgrad::poison_buffers);
   m.def("release_buffers() -> int", &cxgrad::release_buffers);
   m.def("fresh_buffer_bytes() -> int", &cxgrad::fresh_buffer_bytes);

@@ -112,7 +112,7 @@ bool has_tiles() {
   return said < 0 ? has : said > 0 && CXGRAD_WITH_TILES;
 }
 
-void assume_tiles(bool there) { assumed = there; }
+void assume_tiles(std::optional<bool> there) { assumed = there ? int(*there) : -1; }
 
 void multiply_tiles(const TileProduct& product) { multiply(product); }
 

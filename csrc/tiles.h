@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace cxgrad {
 
@@ -21,8 +22,8 @@ struct TileProduct {
 // whether this process may use them: the CPU has AMX for bfloat16, and the system grants its state
 bool has_tiles();
 
-// for tests, which stand in for the instructions: believe that there are, or are no tiles
-void assume_tiles(bool there);
+// for tests, which stand in for the instructions: believe that there are tiles or none, or the processor again
+void assume_tiles(std::optional<bool> there);
 
 void multiply_tiles(const TileProduct& product);
 

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import config_of, random_episodes, relative_error, spread_parameters
+from helpers import config_of, random_episodes, relative_error, require_cpp, spread_parameters
 
 from cxgrad_fast import Episodes, InputError, Learner, reference
+from cxgrad_fast.kernels import registration
 from cxgrad_fast.learner import NonFiniteLossError
 
 
@@ -220,11 +221,15 @@ def test_wrong_labels_and_types() -> None:
     [
         (
             {"run.precision": "tf32", "run.backend": "cpp"},
-            r"\(=tf32\) needs the Triton operators \(run.backend is cpp\)",
+            r"\(=tf32\) is not for this machine: it needs the Triton operators on a CUDA device; use float32",
         ),
         (
-            {"run.precision": "bfloat16"},
-            r"setting 'run.precision' \(=bfloat16\) needs the Triton operators \(.+\): use",
+            {"run.precision": "tf32", "run.backend": "triton"},
+            r"the Triton operators run on CUDA devices, not on cpu; use float32 or float64",
+        ),
+        (
+            {"run.precision": "bfloat16", "run.backend": "reference"},
+            r"\(=bfloat16\) is not for this machine: the reference operators have no such products",
         ),
         ({"run.device": "gpu"}, "setting 'run.device' takes auto, cpu or cuda"),
     ],
@@ -232,6 +237,26 @@ def test_wrong_labels_and_types() -> None:
 def test_modes_that_are_not_here(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Learner(config_of().override(overrides))
+
+
+def test_bfloat16_needs_amx_or_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_cpp()
+    config = config_of(run__precision="bfloat16")
+    registration.load()
+    try:
+        torch.ops.cxgrad_fast.assume_tiles(False)
+        with pytest.raises(InputError, match=r"a CPU with AMX, and this CPU has none; .+ \(CXGRAD_ROUND_IN_SOFTWARE=1"):
+            Learner(config)
+        monkeypatch.setenv("CXGRAD_ROUND_IN_SOFTWARE", "1")
+        assert Learner(config).dtype == torch.float32
+        torch.ops.cxgrad_fast.assume_tiles(True)
+        monkeypatch.delenv("CXGRAD_ROUND_IN_SOFTWARE")
+        assert Learner(config).dtype == torch.float32
+        monkeypatch.setenv("CXGRAD_BACKEND", "reference")
+        with pytest.raises(InputError, match="the reference operators have no such products"):
+            Learner(config)
+    finally:
+        torch.ops.cxgrad_fast.assume_tiles(None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
