@@ -4,7 +4,7 @@ BIN := .venv/bin
 # options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
 ARGS ?=
 
-.PHONY: help setup train test test-sanitize lint precision compare roofline bench bench-full bench-report bench-compare
+.PHONY: help setup train test test-sanitize lint precision compare compare-precisions roofline bench bench-full bench-report bench-compare
 .PHONY: bench-operators bench-peers contact-sheet clean
 
 help:
@@ -12,7 +12,8 @@ help:
 	@echo "make test             all tests;  make lint: ruff and mypy"
 	@echo "make test-sanitize    the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compare          the README's table: CxGrad and MAML, 1 and 5 shots"
-	@echo "make precision        error of dL/dnu in float32, exact and scaled form"
+	@echo "make precision        errors of dL/dnu and dL/dw in every precision, against float64"
+	@echo "make compare-precisions  the README's table of accuracies in every precision, an hour"
 	@echo "make roofline         FLOPs, least bytes and time floor of a meta-step on this machine"
 	@echo "make bench            episodes per second against the per-task loop and other programs, 28x28"
 	@echo "make bench-full       the same at 84x84, an hour;  make bench-peers: install jax and higher for it"
@@ -44,7 +45,7 @@ test-sanitize: setup
 	$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
 	    $(BIN)/python -m pytest tests/test_registration.py tests/test_scale_weights.py tests/test_patch_statistics.py \
 	    tests/test_conv_block.py tests/test_conv_block_cpp.py tests/test_residual_end.py tests/test_residual_end_cpp.py \
-	    tests/test_recompute.py \
+	    tests/test_recompute.py tests/test_tiles.py \
 	    -k "not opcheck and not gradcheck and not traced and not compiled" $(ARGS)
 
 # mypy sees the package as it is installed: a tree of links with kernels/ in its place
@@ -57,6 +58,9 @@ lint: setup
 
 compare: setup
 	$(BIN)/python bench/compare_algorithms.py $(ARGS)
+
+compare-precisions: setup
+	$(BIN)/python bench/compare_precisions.py $(ARGS)
 
 precision: setup
 	$(BIN)/python bench/context_gradient.py $(ARGS)

@@ -19,15 +19,16 @@ from typing import Any
 ALGORITHMS = {"cxgrad": "CxGrad", "maml": "MAML"}
 
 
-def result(folder: Path, algorithm: str, shots: int, seed: int) -> dict[str, Any]:
-    """The result of one run, trained now if it is not there."""
+def result(folder: Path, preset: str, **settings: object) -> dict[str, Any]:
+    """The result of one run, trained now if it is not there; ``run__seed=1`` is the setting run.seed."""
     if not (folder / "result.json").exists():
         command = [sys.executable, "-m", "cxgrad_fast.train"]
         if (folder / "latest.pt").exists():
             command += ["--resume", str(folder)]
         else:
-            command += ["--preset", f"glyphs-5w{shots}s", "--out", str(folder)]
-            command += ["--inner.algorithm", algorithm, "--run.seed", str(seed)]
+            command += ["--compile", "--preset", preset, "--out", str(folder)]
+            for name, value in settings.items():
+                command += [f"--{name.replace('__', '.')}", str(value)]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return json.loads((folder / "result.json").read_text())
 
@@ -53,7 +54,12 @@ def main() -> None:
     for shots in options.shots:
         for algorithm, name in ALGORITHMS.items():
             runs = [
-                result(options.out / f"{algorithm}-5w{shots}s-seed{seed}", algorithm, shots, seed)
+                result(
+                    options.out / f"{algorithm}-5w{shots}s-seed{seed}",
+                    f"glyphs-5w{shots}s",
+                    inner__algorithm=algorithm,
+                    run__seed=seed,
+                )
                 for seed in options.seeds
             ]
             cells = [cell([run[part] for run in runs]) for part in ("test", "cross-domain")]

@@ -41,7 +41,7 @@ from equal_work import (
 )
 from isolated import Direct, Host, Isolated
 from measure import RESULTS, Dropped, Timing, interleave, machine, machine_line, ratio, write_result
-from sides import BASELINE, COMPILING, SIDES, Unavailable, device_of, refusal
+from sides import BASELINE, COMPILING, SIDES, Unavailable, device_of, precision_of, refusal
 
 from cxgrad_fast import Config, InputError
 from cxgrad_fast.cli import build_config, run_command, split_settings
@@ -169,7 +169,7 @@ def _prepare(name: str, host: Host, case: Case, answers: Answers) -> Row:
             host.build(case.config, case.episodes, case.parameters)
             row = replace(row, first_step_s=host.step())
             host.load(case.parameters)
-            row = _judged(row, check_timed(host, case, answers.expected))
+            row = _judged(row, check_timed(host, case, answers.expected, precision_of(name, case.config)))
         if not row.wrong:
             row = replace(row, peak_bytes=host.peak_memory())  # the step that warms up, too
     except (Unavailable, Dropped) as reason:

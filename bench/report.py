@@ -166,7 +166,8 @@ def _heading(hardware: str, figures: Sequence[Figure]) -> str:
 def _summary_line(case: str, sides: Sequence[Figure]) -> str:
     rates = {figure.side: figure.rate["median"] for figure in sides if figure.rate}
     by_name = {figure.side: figure for figure in sides}
-    ours = max((name for name in rates if name.startswith("ours")), key=rates.__getitem__, default=None)
+    exact = [name for name in rates if name.startswith("ours") and "bfloat16" not in name]
+    ours = max(exact, key=rates.__getitem__, default=None)
     others = [name for name in rates if name != "loop" and not name.startswith("ours")]
     best = max(others, key=rates.__getitem__, default=None)
     cells = [case, "-", "-", "-", "-", f"{best}: {rates[best]:.3g}" if best else "-"]

@@ -68,13 +68,20 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 class Ours:
-    """:class:`cxgrad_fast.Learner` on one backend, with ``--compile`` or without."""
+    """:class:`cxgrad_fast.Learner` on one backend, compiled or not, in the config's precision or another."""
 
     def __init__(
-        self, backend: str, is_compiled: bool, config: Config, episodes: Episodes, parameters: Parameters
+        self,
+        backend: str,
+        is_compiled: bool,
+        config: Config,
+        episodes: Episodes,
+        parameters: Parameters,
+        precision: str = "",
     ) -> None:
+        overrides = {"run.backend": backend, "run.compile": is_compiled}
         try:
-            self._learner = Learner(config.override({"run.backend": backend, "run.compile": is_compiled}))
+            self._learner = Learner(config.override(overrides | ({"run.precision": precision} if precision else {})))
         except InputError as error:
             raise Unavailable(str(error)) from None
         if isinstance(self._learner._gradients, StaticGradients):  # to be timed itself, also where it is slower
@@ -177,8 +184,8 @@ def _func_vmap_compiled(config: Config, episodes: Episodes, parameters: Paramete
     return _func_vmap(config, episodes, parameters, compiled=True)
 
 
-def _ours(backend: str, is_compiled: bool = False) -> Factory:
-    return lambda config, episodes, parameters: Ours(backend, is_compiled, config, episodes, parameters)
+def _ours(backend: str, is_compiled: bool = False, precision: str = "") -> Factory:
+    return lambda config, episodes, parameters: Ours(backend, is_compiled, config, episodes, parameters, precision)
 
 
 def _jax(vmap: bool) -> Factory:
@@ -202,8 +209,17 @@ def _learn2learn(config: Config, episodes: Episodes, parameters: Parameters) -> 
     return learn2learn_peer.build(config, episodes, parameters)
 
 
+def precision_of(name: str, config: Config) -> str:
+    """The precision that a side multiplies in."""
+    return "bfloat16" if name == _BFLOAT16 else config.run.precision
+
+
 def refusal(name: str, config: Config) -> str:
     """Why a side cannot run, as far as that is known without starting it; empty where it may."""
+    if name == _BFLOAT16:
+        if config.run.precision != "float32":
+            return f"beside float32, not {config.run.precision}"
+        return backends.why_not_precision("bfloat16", "cpp", device_of(config))
     if name.startswith("ours-"):
         return backends.availability()[name.removeprefix("ours-").removesuffix(_COMPILED)]
     if name in ("higher", "learn2learn") and config.inner.algorithm != "maml":
@@ -214,13 +230,15 @@ def refusal(name: str, config: Config) -> str:
 
 BASELINE = "loop"
 _COMPILED = "-compiled"
+_BFLOAT16 = "ours-cpp-bfloat16-compiled"
 _PACKAGES = {"jax-vmap": "jax", "jax-map": "jax", "higher": "higher", "learn2learn": "learn2learn"}
 # their first step holds a compilation, too dear to be paid once more for a small case
-COMPILING = ("func-vmap-compiled", "jax-vmap", "jax-map", "ours-cpp-compiled", "ours-triton-compiled")
+COMPILING = ("func-vmap-compiled", "jax-vmap", "jax-map", "ours-cpp-compiled", _BFLOAT16, "ours-triton-compiled")
 SIDES: dict[str, Factory] = {
     "ours-reference": _ours("reference"),
     "ours-cpp": _ours("cpp"),
     "ours-cpp-compiled": _ours("cpp", is_compiled=True),
+    _BFLOAT16: _ours("cpp", is_compiled=True, precision="bfloat16"),
     "ours-triton": _ours("triton"),
     "ours-triton-compiled": _ours("triton", is_compiled=True),
     BASELINE: _loop,

@@ -112,7 +112,8 @@ class Convolution {
     }
     const T* from[kMostTerms];
     for (int s = 0; s < count; ++s)
-      from[s] = shape_.factors(s ? Slot::kFactorsB : Slot::kFactorsA, x[s], images * shape_.positions() * terms_[s].inputs);
+      from[s] = shape_.factors(s ? Slot::kFactorsB : Slot::kFactorsA, x[s],
+                               images * shape_.positions() * terms_[s].inputs);
     if (shape_.wide()) {
       const Shape shape{images, shape_.height, shape_.width};
       Source<T> sources[kMostTerms];

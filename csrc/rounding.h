@@ -1,5 +1,5 @@
-// Products of float32 values in fewer digits: both factors are rounded to the nearest value, the sums stay float32. What
-// tensor cores and tile registers are given, for any machine (kernels/conv_block/convolution.py has the same for Triton).
+// Products of float32 values in fewer digits: both factors are rounded to the nearest value, sums stay float32. What
+// tensor cores and tile registers are given, for any machine (kernels/conv_block/convolution.py is the same in Triton).
 #pragma once
 
 #include <algorithm>

@@ -6,7 +6,7 @@
 //
 //   convolution      the factors of a position, one row of the filter: 3 Cin values that lie together. 16 positions by
 //                    16 channels a tile; what comes out between the images is not read.
-//   weight gradient  positions are the summed dimension: x' [Cin, positions], shifted by a tap, times dy [positions, Cout]
+//   weight gradient  positions are what is summed: x' [Cin, positions], shifted by a tap, times dy [positions, Cout]
 #pragma once
 
 #include <algorithm>
@@ -79,7 +79,8 @@ inline const uint16_t* pack_strip(const Strip& strip, const float* x, int64_t ch
 
 // pairs of the strip's positions, `lead` before the first (an even number) and `count` in all, a row of
 // tile_columns(channels) for two positions
-inline void pack_pairs(const Strip& strip, const float* x, int64_t channels, int64_t lead, int64_t count, uint32_t* out) {
+inline void pack_pairs(const Strip& strip, const float* x, int64_t channels, int64_t lead, int64_t count,
+                       uint32_t* out) {
   constexpr int W = kWidth<float>;
   const int64_t columns = tile_columns(channels);
   int64_t image = 0, row = 0, column = 0;
@@ -146,7 +147,8 @@ inline int64_t tile_weight_size(int64_t kernel, int64_t inputs, int64_t outputs)
 
 // w [outputs, inputs, k, k] -> pairs of [row of the filter, column of the filter and input, outputs]; `turned` as in
 // winograd.h: then w is [inputs, outputs, k, k]
-inline void pack_tile_weight(const float* w, int64_t kernel, int64_t inputs, int64_t outputs, bool turned, uint32_t* out) {
+inline void pack_tile_weight(const float* w, int64_t kernel, int64_t inputs, int64_t outputs, bool turned,
+                             uint32_t* out) {
   const int64_t taps = kernel * kernel, columns = tile_columns(outputs), rows = blocks_of(kernel * inputs, 32) * 16;
   std::memset(out, 0, size_t(tile_weight_size(kernel, inputs, outputs)) * sizeof(uint32_t));
   uint16_t* digits = scratch<uint16_t>(Slot::kFactorsA, taps * inputs * outputs);
@@ -207,7 +209,8 @@ inline void correlate_tiles(const Strip& strip, const float* x, int64_t inputs, 
   const int64_t turned_row = (length / 32 | 1) * 16;
   uint32_t* turned = scratch<uint32_t>(Slot::kFactorsA, rows * turned_row);
   for (int64_t pair = 0; pair < length / 2; pair += W)
-    for (int64_t c = 0; c < rows; c += W) transpose_block(pairs + pair * rows + c, rows, turned + c * turned_row + pair, turned_row);
+    for (int64_t c = 0; c < rows; c += W)
+      transpose_block(pairs + pair * rows + c, rows, turned + c * turned_row + pair, turned_row);
 
   const uint16_t* first = reinterpret_cast<const uint16_t*>(turned) + lead;
   for (int64_t tap = 0; tap < strip.kernel * strip.kernel; ++tap) {

@@ -50,6 +50,12 @@ def report() -> list[str]:
     for name, reason in backends.availability().items():
         able = f"yes, {details[name]}" if name in details else "yes"
         lines.append(_line(name, f"no: {reason}" if reason else able))
+    lines += ["", "precisions of products beside float32 and float64"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("tf32", "bfloat16"):
+        reason = backends.why_not_precision(name, "auto", device)
+        by_software = "yes, rounded in software" if backends.rounds_in_software(name, device) else "yes"
+        lines.append(_line(name, f"no: {reason}" if reason else by_software))
     lines += ["", "ways to convolve", *(f"  {line}" for line in choice.report())]
     lines += ["", "cache of decoded and rendered images, and of built operators"]
     lines += [f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]

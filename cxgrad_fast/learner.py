@@ -425,8 +425,9 @@ def _dtype(config: Config, device: torch.device) -> torch.dtype:
         why_not = backends.why_not_precision(run.precision, run.backend, device)
         if why_not:
             raise InputError(
-                f"setting 'run.precision' (={run.precision}) is not for this machine: {why_not}; use float32 or float64 "
-                f"({backends.ROUND_IN_SOFTWARE}=1 allows it on any CPU, to study its accuracy: no faster than float32)"
+                f"setting 'run.precision' (={run.precision}) is not for this machine: {why_not}; "
+                f"use float32 or float64 ({backends.ROUND_IN_SOFTWARE}=1 allows it on any CPU, "
+                "to study its accuracy: no faster than float32)"
             )
     return torch.float64 if run.precision == "float64" else torch.float32
 

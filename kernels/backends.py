@@ -114,7 +114,16 @@ def why_not_precision(name: str, backend: str, device: torch.device) -> str:
         return ""
     if name == "tf32":
         return "it needs the Triton operators on a CUDA device"
-    return "" if torch.ops.cxgrad_fast.has_tiles() else "it needs a CUDA device or a CPU with AMX, and this CPU has none"
+    return (
+        "" if torch.ops.cxgrad_fast.has_tiles() else "it needs a CUDA device or a CPU with AMX, and this CPU has none"
+    )
+
+
+def rounds_in_software(name: str, device: torch.device) -> bool:
+    """Whether products in that precision are float32's on rounded factors on a device, and no faster."""
+    if name not in ("tf32", "bfloat16") or device.type != "cpu" or interpreting():
+        return False
+    return name == "tf32" or not torch.ops.cxgrad_fast.has_tiles()
 
 
 def interpreting() -> bool:

@@ -1,5 +1,5 @@
-// AMX where there is none: a handler of SIGILL that does what the tile instructions of csrc/tiles.cpp would have done, by
-// Intel's Software Developer's Manual (volume 2, the operation of each), on the very machine code that runs elsewhere.
+// AMX where there is none: a handler of SIGILL that does what the tile instructions of csrc/tiles.cpp would have done,
+// by Intel's Software Developer's Manual (volume 2, the operation of each), on the machine code that runs elsewhere.
 //
 // Any other undefined instruction, or one that the processor would have refused, ends the process with a message.
 #include <cmath>
@@ -29,7 +29,8 @@ thread_local Tiles tiles;
 std::atomic<int64_t> products{0};
 
 [[noreturn]] void refuse(const char* what, const uint8_t* code) {
-  std::fprintf(stderr, "amx_emulator: %s at %02x %02x %02x %02x %02x\n", what, code[0], code[1], code[2], code[3], code[4]);
+  std::fprintf(stderr, "amx_emulator: %s at %02x %02x %02x %02x %02x\n", what, code[0], code[1], code[2], code[3],
+               code[4]);
   std::_Exit(70);
 }
 

@@ -23,6 +23,7 @@ from measure import Dropped, Timing, interleave, ratio
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, Learner
+from cxgrad_fast.kernels import registration
 
 QUICK = ["--quick", "--in-process", "--rounds", "2", "--outer.meta_batch", "2", "--run.device", "cpu"]
 QUICK += ["--model.image_size", "16", "--model.filters", "2", "--task.queries", "1"]
@@ -255,6 +256,31 @@ def test_calm_parameters_keep_the_engine_within_the_timed_tolerance() -> None:
     assert not equal_work.check_timed(host, case, right).failure
     wrong = {name: 1.3 * gradient for name, gradient in right.gradients.items()}
     assert equal_work.check_timed(host, case, equal_work.Truth(right.loss, wrong)).failure
+    assert not equal_work.check_timed(host, case, right, "bfloat16").failure
+    wrong = {name: 2 * gradient for name, gradient in right.gradients.items()}
+    assert equal_work.check_timed(host, case, equal_work.Truth(right.loss, wrong), "bfloat16").failure
+
+
+def test_bfloat16_is_a_side_beside_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no unit multiplies so it has a reason, rounded in software it would be a figure without meaning."""
+    name = "ours-cpp-bfloat16-compiled"
+    config = config_of(run__precision="float32", outer__meta_batch=2, task__queries=5, model__filters=8)
+    assert sides.precision_of(name, config) == "bfloat16"
+    assert sides.precision_of("ours-cpp-compiled", config) == "float32"
+    assert sides.refusal(name, config_of()) == "beside float32, not float64"
+    registration.load()
+    try:
+        torch.ops.cxgrad_fast.assume_tiles(False)
+        assert "a CPU with AMX" in sides.refusal(name, config)
+        monkeypatch.setenv("CXGRAD_ROUND_IN_SOFTWARE", "1")
+        case = equal_work.make_case(config, calm=True)
+        host = Direct(name)
+        host.build(config, case.episodes, case.parameters)
+        verdict = equal_work.check_timed(host, case, equal_work.truth(case), "bfloat16")
+        assert not verdict.failure
+        assert verdict.errors["bfloat16 convolutions"] > 1e-3
+    finally:
+        torch.ops.cxgrad_fast.assume_tiles(None)
 
 
 def test_result_file_and_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -355,9 +381,10 @@ def test_a_case_shows_the_best_of_ours_and_of_other_programs(tmp_path: Path) -> 
         return replace(cpp, side=name, rate={"median": rate, "p20": rate, "p80": rate}, peak_bytes=int(rate * 1e6))
 
     figures = [side("ours-reference", 5), side("ours-cpp", 7), side("loop", 4), side("higher", 1), side("jax-map", 2)]
+    figures.append(side("ours-cpp-bfloat16-compiled", 12))  # less exact: among all sides, not here
     row = report.summary(figures).splitlines()[-1]
     assert row.endswith(" | 7 (7-7) cpp | 2 (1.8-2.2) | 50.0 % | 7 / 4 | jax-map: 2 |")
-    assert report.summary(figures[3:]).splitlines()[-1].endswith(" | - | - | - | - | jax-map: 2 |")
+    assert report.summary(figures[3:5]).splitlines()[-1].endswith(" | - | - | - | - | jax-map: 2 |")
 
 
 def test_scaling_joins_what_differs_in_one_setting_only(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import compare
+import compare_precisions
 import pytest
 import test_operators
 import torch
@@ -119,3 +120,22 @@ def test_what_is_timed() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert saved > 0
         assert moved > sum(tensor.numel() * 4 for tensor in given.tensors.values())
+
+
+def test_precisions_that_cost_accuracy_are_labelled() -> None:
+    """Where the mean over seeds lies below float32's worst seed, on either kind of test task."""
+
+    def runs(*accuracies: tuple[float, float]) -> list[dict[str, Any]]:
+        return [{"test": {"accuracy": test}, "cross-domain": {"accuracy": other}} for test, other in accuracies]
+
+    results = {
+        "float32": runs((0.80, 0.90), (0.76, 0.88)),
+        "tf32": runs((0.80, 0.87), (0.72, 0.89)),
+        "bfloat16": runs((0.90, 0.90), (0.90, 0.85)),
+    }
+    lines = compare_precisions.table({"glyphs-5w1s": results})[2:]
+    assert lines == [
+        "| glyphs-5w1s | float32 | 78.0 % (76.0 to 80.0) | 89.0 % (88.0 to 90.0) |  |",
+        "| glyphs-5w1s | tf32 | 76.0 % (72.0 to 80.0) | 88.0 % (87.0 to 89.0) |  |",
+        "| glyphs-5w1s | bfloat16 | 90.0 % (90.0 to 90.0) | 87.5 % (85.0 to 90.0) | costs accuracy |",
+    ]

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from helpers import require_cpp
 
 from cxgrad_fast import info
 from cxgrad_fast.cli import run_command
-from cxgrad_fast.kernels import backends
+from cxgrad_fast.kernels import backends, registration
 
 
 def test_the_command_starts_neither_cuda_nor_triton() -> None:
@@ -36,6 +37,25 @@ def test_it_tells_versions_devices_and_every_backend(monkeypatch, capsys, tmp_pa
     assert "  cpp           yes, AVX2, /a/file.so" in info.report()
     assert any(line.startswith("  cpu ") and line.endswith(f"{torch.get_num_threads()} threads") for line in lines)
     assert f"  {cache}" in lines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_it_tells_which_precisions_are_for_this_machine(monkeypatch) -> None:
+    require_cpp()
+    registration.load()
+    try:
+        torch.ops.cxgrad_fast.assume_tiles(False)
+        assert "  tf32          no: it needs the Triton operators on a CUDA device" in info.report()
+        assert any(
+            line.startswith("  bfloat16      no: it needs a CUDA device or a CPU with AMX") for line in info.report()
+        )
+        torch.ops.cxgrad_fast.assume_tiles(True)
+        assert {"  bfloat16      yes"} < set(info.report())
+        assert any(line.startswith("  cpp ") and " and AMX, " in line for line in info.report())
+        monkeypatch.setenv(backends.ROUND_IN_SOFTWARE, "1")
+        assert {"  tf32          yes, rounded in software", "  bfloat16      yes"} < set(info.report())
+    finally:
+        torch.ops.cxgrad_fast.assume_tiles(None)
 
 
 def test_a_missing_package_is_told_not_met(monkeypatch) -> None:

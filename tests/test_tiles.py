@@ -1,4 +1,4 @@
-"""bfloat16 on AMX: the machine code that runs on such a CPU, here by an emulator of its instructions where there is none."""
+"""bfloat16 on AMX: the machine code of such a CPU, here by an emulator of its instructions where there is none."""
 
 from __future__ import annotations
 
@@ -42,7 +42,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def _emulator(folder: Path) -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "clang++"]
     source, library = Path(__file__).with_name("amx_emulator.cpp"), folder / "amx_emulator.so"
-    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-march=native",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+    ]
     subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
     return library
 
@@ -54,7 +64,7 @@ def test_the_cpu_is_asked() -> None:
 
 
 def _tile_products(shape: tuple[int, ...]) -> int:
-    """Positions by outputs by a row of the filter and its inputs, in tiles of 16 by 16 by 32; of every group of images."""
+    """Positions by outputs by a filter's row of inputs, in tiles of 16 by 16 by 32, of every group of images."""
     tasks, images, inputs, outputs, height, width, kernel = shape
     size = max(1, 96 // max(1, -(-height // 2) * -(-width // 2)))  # images a group: csrc/convolution.h
     pad, made = kernel // 2, 0
@@ -74,7 +84,7 @@ def test_convolutions(found: dict[str, Any], name: str) -> None:
 
 
 def test_derivatives_equal_those_of_rounding_in_software(found: dict[str, Any]) -> None:
-    """A gradient between two bfloat16 numbers may fall to either in the two: that is the room above float32's errors."""
+    """A gradient next to a tie may be rounded up by one, down by the other: hence the room above float32's errors."""
     for name, errors in found["blocks"].items():
         assert len(errors["software"]) >= 9
         assert max(errors["software"].values()) < 1e-4, (name, errors["software"])

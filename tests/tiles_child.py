@@ -126,9 +126,7 @@ def different_bits(tiles: Tiles) -> list[str]:
         results.append(derivatives(SHAPES["group_of_images"], torch.float32, "bfloat16", True))
     torch.set_num_threads(1)
     changed += [key for key, value in results[0].items() if any(not value.equal(other[key]) for other in results[1:])]
-    one, other = (
-        derivatives(SHAPES["odd"], torch.float64, precision, True) for precision in ("float32", "bfloat16")
-    )
+    one, other = (derivatives(SHAPES["odd"], torch.float64, precision, True) for precision in ("float32", "bfloat16"))
     return changed + [f"float64 {key}" for key, value in one.items() if not value.equal(other[key])]
 
 

@@ -101,7 +101,10 @@ def contract_errors(
     b = Block(case, dtype, device)
     host = [tensor.cpu() for tensor in b.leaves]
     options, patches = (b.slope, case.pool), (None, None)
-    found, wanted = forward(*b.leaves, *options, precision=precision), ops.conv_block(*host, *options, *patches, precision)
+    found, wanted = (
+        forward(*b.leaves, *options, precision=precision),
+        ops.conv_block(*host, *options, *patches, precision),
+    )
     errors = _compare("forward", OUTPUTS[0], found, wanted)
     saved, saved_host = found[1:], wanted[1:]
     q, more = b.normal(wanted[0]), b.normal(wanted[1])
