@@ -50,6 +50,15 @@ class Tiles:
         return None if self._emulator is None else self._emulator.take_products()
 
 
+def leave_nan_behind() -> None:
+    """In all scratch memory, so that what is read without having been written shows."""
+    x = torch.full((1, 2, 64, 12, 12), float("nan"), requires_grad=True)
+    weight = torch.full((1, 48, 64, 3, 3), float("nan"), requires_grad=True)
+    with use_precision("bfloat16"):
+        out = conv_block(x, weight, torch.ones(1, 48), torch.ones(1, 48), 1e-3, slope=None, pool=False)
+    torch.autograd.grad(out.sum(), (x, weight))
+
+
 def convolutions(tiles: Tiles) -> dict[str, Any]:
     """Errors of tile and software products against float64 products of rounded factors, and the tile products made."""
     found = {}
@@ -62,6 +71,7 @@ def convolutions(tiles: Tiles) -> dict[str, Any]:
         errors = {}
         for there in (False, True):
             tiles.use(there)
+            leave_nan_behind()
             tiles.products()
             y = torch.ops.cxgrad_fast.conv_block_convolution(x, w, "bfloat16")
             errors["tiles" if there else "software"] = relative_error(y, exact)
@@ -106,6 +116,7 @@ def blocks(tiles: Tiles) -> dict[str, Any]:
             (False, torch.float64, "float32"),
         ):
             tiles.use(there)
+            leave_nan_behind()
             results.append(derivatives(SHAPES[name], dtype, precision, pool))
         own, software, exact = results
         used = [key for key, tensor in exact.items() if tensor.norm() > 0]
