@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config_of, gradients, random_episodes, relative_error, require_cpp
+from helpers import config_of, gradients, lengthen_weights, random_episodes, relative_error, require_cpp
 from tiny_runs import words, write_images
 from torch import Tensor
 
@@ -101,6 +101,7 @@ def test_a_tiny_cxgrad_in_every_precision() -> None:
         for compiled in (False, True):
             config = config_of(**settings, run__precision=precision, run__compile=compiled)
             learner = Learner(config)
+            lengthen_weights(learner)
             batches = [random_episodes(config, 2, seed=seed) for seed in range(2)]
             if not compiled:
                 first = gradients(learner.meta_loss(batches[0]).loss, learner.meta_parameters)
@@ -112,7 +113,7 @@ def test_a_tiny_cxgrad_in_every_precision() -> None:
     for precision, least, most in (("float32", 0, 1e-6), ("tf32", 1e-6, 3e-3), ("bfloat16", 1e-5, 3e-2)):
         assert least < abs(losses[precision][1] / losses["float64"][1] - 1) < most, precision
     errors = {name: relative_error(meta_gradients[name], meta_gradients["float64"]) for name in SIGNIFICANT}
-    assert 100 * errors["float32"] < errors["tf32"] < errors["bfloat16"] < 0.3, errors
+    assert 100 * errors["float32"] < errors["tf32"] < errors["bfloat16"] < 1, errors
 
 
 @pytest.mark.usefixtures("in_software")

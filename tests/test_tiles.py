@@ -101,5 +101,6 @@ def test_a_tiny_cxgrad_trains_on_tiles(found: dict[str, Any]) -> None:
     assert losses["compiled"] == losses["tiles"]
     assert len(set(losses["tiles"])) > 5  # it does train
     first = abs(losses["tiles"][1] / losses["float64"][1] - 1)  # before anything is adapted
-    assert 1e-5 < first < 3e-2
-    assert errors["software"] < 1e-3 < errors["float64"] < 0.3, errors
+    assert 1e-6 < first < 3e-2
+    assert errors["software"] < 1e-5, errors
+    assert 1e-4 < errors["float64"] < 1, errors

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import config_of, gradients, random_episodes, relative_error
+from helpers import config_of, gradients, lengthen_weights, random_episodes, relative_error
 from torch import Tensor
 
 from cxgrad_fast import Learner
@@ -154,6 +154,7 @@ def training(tiles: Tiles) -> dict[str, Any]:
         tiles.use(there)
         config = config_of(**settings, run__precision=precision, run__compile=compiled)
         learner = Learner(config)
+        lengthen_weights(learner)
         episodes = [random_episodes(config, 2, seed=seed) for seed in range(3)]
         first = gradients(learner.meta_loss(episodes[0]).loss, learner.meta_parameters)
         meta_gradients[name] = torch.cat([gradient.flatten().double() for gradient in first.values()])
