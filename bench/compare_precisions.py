@@ -18,6 +18,7 @@ from typing import Any
 from compare_algorithms import cell, result
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
+_TASKS = {"test": "letters", "cross-domain": "digits"}
 
 
 def costs(scores: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> bool:
@@ -30,9 +31,11 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
     rows = ["| task | products | unseen letters | digits, unseen domain | |", "|---|---|---|---|---|"]
     for preset, of_precision in results.items():
         for precision, runs in of_precision.items():
-            parts = {part: [run[part] for run in runs] for part in ("test", "cross-domain")}
-            worse = [part for part in parts if costs(parts[part], [run[part] for run in of_precision["float32"]])]
-            cells = [preset, precision, *map(cell, parts.values()), "costs accuracy" if worse else ""]
+            parts = {part: [run[part] for run in runs] for part in _TASKS}
+            baseline = of_precision["float32"]
+            worse = [_TASKS[part] for part in parts if costs(parts[part], [run[part] for run in baseline])]
+            label = f"costs accuracy on {' and '.join(worse)}" if worse else ""
+            cells = [preset, precision, *map(cell, parts.values()), label]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
 

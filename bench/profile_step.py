@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cxgrad_fast import Learner
 from cxgrad_fast.cli import add_config_options, build_config, run_command, split_settings
+from cxgrad_fast.engine import StaticGradients
 
 SHOWN = 15
 
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     config = build_config(options.preset, options.config, settings)
     learner = Learner(config)
+    if isinstance(learner._gradients, StaticGradients):  # the program from the start, not in turns with what it replaces
+        learner._gradients = StaticGradients(learner._loss_and_gradients, trials=0)
     episodes = random_episodes(learner)
 
     def step() -> None:
