@@ -114,9 +114,9 @@ def why_not_precision(name: str, backend: str, device: torch.device) -> str:
         return ""
     if name == "tf32":
         return "it needs the Triton operators on a CUDA device"
-    return (
-        "" if torch.ops.cxgrad_fast.has_tiles() else "it needs a CUDA device or a CPU with AMX, and this CPU has none"
-    )
+    if torch.ops.cxgrad_fast.has_tiles():
+        return ""
+    return "it needs a CUDA device or a CPU with AMX, and this CPU has none"
 
 
 def rounds_in_software(name: str, device: torch.device) -> bool:
