@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     config = build_config(options.preset, options.config, settings)
     learner = Learner(config)
-    if isinstance(learner._gradients, StaticGradients):  # the program from the start, not in turns with what it replaces
+    if isinstance(learner._gradients, StaticGradients):  # the program alone, without trials
         learner._gradients = StaticGradients(learner._loss_and_gradients, trials=0)
     episodes = random_episodes(learner)
 
