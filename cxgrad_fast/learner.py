@@ -117,6 +117,11 @@ class Learner:
         """
         return self._statistics.values
 
+    @property
+    def rounds_in_software(self) -> bool:
+        """Whether ``run.precision`` only rounds the factors of float32's products here: no faster than float32."""
+        return backends.rounds_in_software(self.config.run.precision, self.device)
+
     def plan_memory(self, tasks: int) -> MemoryPlan:
         """Predict the peak memory of a meta-step of so many tasks; where they do not fit at once, choose chunks.
 

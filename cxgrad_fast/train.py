@@ -24,7 +24,6 @@ from cxgrad_fast.engine import RankLostError, Ranks
 from cxgrad_fast.engine.memory import measured_peak, megabytes
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
-from cxgrad_fast.kernels import backends
 from cxgrad_fast.launched import RANK_LOST, on_ranks, who_was_lost
 from cxgrad_fast.learner import Learner, NonFiniteLossError
 from cxgrad_fast.pipeline import StepNumbers, Steps
@@ -215,7 +214,7 @@ def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
     try:
         if session.iteration < session.config.outer.iterations:
             print(session.learner.plan_memory(session.config.outer.meta_batch), flush=True)
-            if backends.rounds_in_software(session.config.run.precision, session.learner.device):
+            if session.learner.rounds_in_software:
                 print(f"{session.config.run.precision}: factors rounded in software, at float32's speed", flush=True)
         before = measured_peak(session.learner.device)
         _train(session, run, signals)

@@ -52,10 +52,10 @@ def test_float32_error_is_at_most_twice_torchs(interpreted: dict[str, Any], name
 def test_fast_products_are_rounded_and_no_more(interpreted: dict[str, Any]) -> None:
     for precision, least, most in (("tf32", 1e-5, 1e-3), ("bfloat16", 2e-4, 1e-2)):
         errors = interpreted["low"][precision]
-        assert least < errors["out"] < most, precision
-        assert max(errors.values()) < 0.1, precision
+        assert least < errors["out"], precision
+        assert max(errors.values()) < most, (precision, errors)
         assert errors["d.bias"] < 1e-6, precision  # a sum without products
-    assert max(interpreted["low"]["tensors"].values()) <= 2, interpreted["low"]["tensors"]
+    assert max(interpreted["low"]["tensors"].values()) <= 1.5, interpreted["low"]["tensors"]
 
 
 def test_fast_products_equal_the_cpp_operators(interpreted: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def test_float32_error_on_cuda(case: Any) -> None:
 )
 def test_fast_products_on_cuda(dtype: torch.dtype, precision: str) -> None:
     errors = child.low_precision(dtype, precision, "cuda")
-    assert max(errors.values()) < (0.1 if dtype == torch.float32 else 2), errors
+    assert max(errors.values()) < (1e-2 if dtype == torch.float32 else 2), errors
 
 
 @GPU

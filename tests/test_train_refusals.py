@@ -40,7 +40,10 @@ def test_an_unknown_setting_ends_the_real_command_in_one_line(tmp_path) -> None:
         ({"model__image_size": 8}, "'model.image_size' (=8) pools to nothing in conv4"),
         ({"run__device": "gpu"}, "setting 'run.device' takes auto, cpu or cuda[:index], got 'gpu'"),
         ({"run__backend": "triton"}, "triton cannot run here"),
-        ({"run__precision": "tf32"}, "setting 'run.precision' (=tf32) needs the Triton operators ("),
+        (
+            {"run__precision": "tf32"},
+            "setting 'run.precision' (=tf32) is not for this machine: it needs the Triton",
+        ),
         ({"task__shots": "many"}, "setting 'task.shots' takes a value of type int, got 'many'"),
     ],
 )
