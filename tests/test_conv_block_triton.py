@@ -15,6 +15,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("machine code needs Triton's compiler: unset TRITON_INTERPRET", allow_module_level=True)
 
 import triton_conv_block_child as child  # noqa: E402
+from triton_blocks import assert_fast_contract, assert_fast_products  # noqa: E402
 
 from cxgrad_fast.kernels import machine_code  # noqa: E402
 
@@ -58,19 +59,11 @@ def assert_at_most_twice(ratios: dict[str, float]) -> None:
 
 
 def test_fast_products_are_rounded_and_no_more(interpreted: dict[str, Any]) -> None:
-    for precision, least, most in (("tf32", 1e-5, 1e-3), ("bfloat16", 2e-4, 1e-2)):
-        errors = interpreted["low"][precision]
-        assert least < errors["out"], precision
-        assert max(errors.values()) < most, (precision, errors)
-        assert errors["d.bias"] < 1e-6, precision  # a sum without products
-    assert max(interpreted["low"]["tensors"].values()) <= 1.5, interpreted["low"]["tensors"]
+    assert_fast_products(interpreted["low"])
 
 
 def test_fast_products_equal_the_cpp_operators(interpreted: dict[str, Any]) -> None:
-    """Which round in software where no unit does: the same factors, so that accuracies of one speak of the other."""
-    assert list(interpreted["cpp"]) == ["tf32", "bfloat16"]
-    for precision, errors in interpreted["cpp"].items():
-        assert max(errors.values()) < 2e-6, (precision, errors)
+    assert_fast_contract(interpreted["cpp"])
 
 
 def test_bits_repeat_and_tasks_do_not_see_each_other(interpreted: dict[str, Any]) -> None:

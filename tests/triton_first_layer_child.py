@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import math
-import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import interpreter_rounding
 import torch
+import triton_blocks as blocks
 from torch import Tensor
+from triton_blocks import OUTPUTS, compare, relative_error
 
-from cxgrad_fast.kernels import launch, registration, use_backend
-from cxgrad_fast.kernels.case_calls import call, like
-from cxgrad_fast.kernels.cases import CASES, Case, Inputs, inputs
+from cxgrad_fast.kernels import launch
+from cxgrad_fast.kernels.case_calls import like
+from cxgrad_fast.kernels.cases import CASES, Case, inputs
 from cxgrad_fast.kernels.patch_statistics import reference as patch_definition
 from cxgrad_fast.kernels.residual_end import reference as end_definition
 
@@ -27,15 +27,6 @@ FOLDER = "cxgrad_fast.kernels"
 first_layer = importlib.import_module(f"{FOLDER}.conv_block.first_layer")
 patch_statistics = importlib.import_module(f"{FOLDER}.patch_statistics.triton").patch_statistics
 residual_end = importlib.import_module(f"{FOLDER}.residual_end.triton").residual_end
-
-OUTPUTS = (
-    ("out", "y", "selected", "corners", "moments"),
-    ("dx", "dweight", "dscale", "dbias", "deps", "sparse"),
-    ("q", "x", "weight", "scale", "eps", "y"),
-)
-LEAVES = ("weight", "scale", "bias", "eps")
-# from ties and kinks: there a precision decides as float64 does
-CLEAR = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
 
 
 def small(operator: str, **conditions: bool) -> dict[str, Case]:
@@ -68,24 +59,44 @@ ROUNDED = [
     replace(LAYERS["first_layer_smooth"], tasks=8),
 ]
 PATCH_CASES = [*PATCHES.values(), replace(PATCHES["plain"], name="ten_channels", channels=10, tasks=1, images=1)]
+FAST = replace(LAYERS["first_layer"], out=16)  # of fast products
 
 
-class Layer:
-    """A case's arguments as the launch functions take them."""
+class Layer(blocks.LaunchedBlock):
+    """A first layer: its images have no gradient."""
+
+    LEAVES = ("weight", "scale", "bias", "eps")
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
-        self.given = inputs(case, dtype, seed=seed)
+        super().__init__(case, dtype, device, seed)
         tensors = {name: tensor.detach().to(device) for name, tensor in self.given.tensors.items()}
-        self.case, self.slope = case, 1.0 if case.slope is None else case.slope
         affine = [tensors[name].expand(case.tasks, case.out).contiguous() for name in ("scale", "bias")]
         affine[0][:, 0] = 0 if case.content == "ties" else affine[0][:, 0]  # where every window ties
         self.x = self.given.constants["x"].to(device)  # keeps its strides
         self.leaves = (tensors["weight"], *affine, tensors["eps"])
         self.patches = tuple(tensor.to(device) for tensor in self.given.constants["patch_statistics"])
-        self.generator = torch.Generator().manual_seed(seed + 1)
 
-    def normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
+    def derivatives(self, q: Tensor, cotangents: list[Tensor], *, precision: str = "float32") -> dict[str, Tensor]:
+        out, _, *saved = first_layer.forward(self.x, *self.leaves, self.slope, *self.patches, precision=precision)
+        arguments, options = (q, self.x, *self.leaves, *saved), (self.slope, *self.patches, True)
+        first = first_layer.backward(*arguments, *options, precision=precision)
+        sums = (first[2], first[3], first[5])
+        second = first_layer.double_backward(*cotangents, *arguments, *sums, *options, precision=precision)
+        found = {"out": out} | {f"d.{name}": gradient for name, gradient in zip(self.LEAVES, first[1:5], strict=True)}
+        return found | {"dd.q": second[0], "dd.weight": second[2], "dd.scale": second[3], "dd.eps": second[4]}
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """A convolution, and the statistics of its result."""
+        return self.given.constants | {"x": self.x.cpu().to(dtype), "patch_statistics": None}
+
+    def keep_last_task(self) -> None:
+        super().keep_last_task()
+        self.x, self.patches = self.x[-1:], tuple(tensor[-1:] for tensor in self.patches)
+
+
+rounding = partial(blocks.rounding, Layer)
+low_precision = partial(blocks.low_precision, Layer, FAST)
+different_bits = partial(blocks.different_bits, Layer)
 
 
 # --- against the C++ operators ---
@@ -105,7 +116,7 @@ def contract_errors(
     patches = [tensor.cpu() for tensor in b.patches]
     found = first_layer.forward(b.x, *b.leaves, b.slope, *b.patches, precision=precision)
     wanted = ops.conv_block(*host, b.slope, True, *patches, precision)
-    errors = _compare("forward", OUTPUTS[0], found, wanted)
+    errors = compare("forward", OUTPUTS[0], found, wanted)
     saved, saved_host = found[2:], wanted[1:]
     q = b.normal(wanted[0])
     sums = {}
@@ -113,7 +124,7 @@ def contract_errors(
         arguments = (q.to(device), b.x, *b.leaves, *saved, b.slope, *b.patches, need)
         found = first_layer.backward(*arguments, precision=precision)
         wanted = ops.conv_block_backward(q, None, *host, *saved_host, b.slope, True, *patches, False, need, precision)
-        errors |= _compare(f"backward {need}", OUTPUTS[1], found, wanted)
+        errors |= compare(f"backward {need}", OUTPUTS[1], found, wanted)
         sums[need] = (*wanted[2:4], wanted[5])
     cotangents = [b.normal(tensor) for tensor in wanted[1:5]]
     asked = [((), True, True)]
@@ -128,111 +139,8 @@ def contract_errors(
         wanted = ops.conv_block_double_backward(
             None, *on, q, *host, *saved_host, *sums[has_sparse], b.slope, True, *patches, False, need, precision
         )
-        errors |= _compare(f"double {left_out} {need} {has_sparse}", OUTPUTS[2], found, wanted)
+        errors |= compare(f"double {left_out} {need} {has_sparse}", OUTPUTS[2], found, wanted)
     return errors
-
-
-def _compare(
-    label: str, names: tuple[str, ...], found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
-) -> dict[str, float]:
-    errors = {}
-    for name, one, other in zip(names, found, wanted, strict=True):
-        same = (one.shape, one.dtype) == (other.shape, other.dtype) and (
-            not one.numel() or one.stride() == other.stride()
-        )
-        errors[f"{label} {name}"] = relative_error(one, other) if same else math.inf
-    return errors
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over that of what is wanted; absolute where that is nothing but rounding."""
-    found, wanted = found.cpu().double(), wanted.cpu().double()
-    if not wanted.numel():
-        return 0.0
-    if not (found.isfinite().all() and wanted.isfinite().all()):
-        return math.inf
-    size = float(wanted.norm())
-    return float((found - wanted).norm()) / (size if size > 1e-9 else 1.0)
-
-
-# --- against the definition ---
-
-
-def derivatives(b: Layer, q: Tensor, cotangents: list[Tensor], *, precision: str = "float32") -> dict[str, Tensor]:
-    """Output, first and second derivatives by the three functions."""
-    out, _, *saved = first_layer.forward(b.x, *b.leaves, b.slope, *b.patches, precision=precision)
-    arguments = (q, b.x, *b.leaves, *saved)
-    first = first_layer.backward(*arguments, b.slope, *b.patches, True, precision=precision)
-    sums = (first[2], first[3], first[5])
-    second = first_layer.double_backward(*cotangents, *arguments, *sums, b.slope, *b.patches, True, precision=precision)
-    found = {"out": out} | {f"d.{name}": gradient for name, gradient in zip(LEAVES, first[1:5], strict=True)}
-    return found | {"dd.q": second[0], "dd.weight": second[2], "dd.scale": second[3], "dd.eps": second[4]}
-
-
-def definition(b: Layer, q: Tensor, cotangents: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same by autograd through the reference, in a precision: a convolution, and the statistics of its result."""
-    leaves = [tensor.detach().cpu().to(dtype).requires_grad_() for tensor in b.leaves]
-    q = q.detach().cpu().to(dtype).requires_grad_()
-    constants = b.given.constants | {"x": b.x.cpu().to(dtype), "patch_statistics": None}
-    with use_backend("reference"):
-        (out,) = call(b.case, Inputs(dict(zip(LEAVES, leaves, strict=True)), constants))
-        first = torch.autograd.grad(out, leaves, q, create_graph=True)
-        wanted = [q, leaves[0], leaves[1], leaves[3]]
-        sent = [tensor.cpu().to(dtype) for tensor in cotangents]
-        second = torch.autograd.grad(first, wanted, sent, allow_unused=True, materialize_grads=True)
-    found = {"out": out.detach()} | {f"d.{name}": tensor.detach() for name, tensor in zip(LEAVES, first, strict=True)}
-    return found | dict(zip(("dd.q", "dd.weight", "dd.scale", "dd.eps"), second, strict=True))
-
-
-def _cotangents(b: Layer, precision: str = "float32") -> tuple[Tensor, list[Tensor]]:
-    """Random ones; that of the output is zero next to ties and kinks, where precisions take different branches."""
-    leaves = dict(zip(LEAVES, (tensor.cpu().double() for tensor in b.leaves), strict=True))
-    constants = b.given.constants | {"x": b.x.cpu().double(), "patch_statistics": None, "slope": None, "pool": False}
-    with torch.no_grad(), use_backend("reference"):
-        (z,) = call(b.case, Inputs(leaves, constants))
-    two = z.unfold(3, 2, 2).unfold(4, 2, 2).flatten(5).topk(2, dim=5).values
-    gap = two[..., 0] - two[..., 1]
-    mask = (gap.minimum(two[..., 0].abs()) if b.slope != 1 else gap) > CLEAR[precision]
-    q = b.normal(mask.to(b.x.dtype)) * mask
-    return q.to(b.x.device), [b.normal(tensor) for tensor in b.leaves]
-
-
-def rounding(case: Case, device: str = "cpu", seeds: int = 1) -> dict[str, float]:
-    """Float32 error of every result over the framework's own, in the geometric mean over tasks and seeds."""
-    ratios: dict[str, list[Tensor]] = {}
-    for seed in range(seeds):
-        b = Layer(case, torch.float32, device, seed)
-        q, cotangents = _cotangents(b)
-        exact, own = (definition(b, q, cotangents, dtype) for dtype in (torch.float64, torch.float32))
-        found = derivatives(b, q, cotangents)
-        for name, wanted in exact.items():
-            one, other = (_by_task(result[name], wanted) for result in (found, own))
-            ratios.setdefault(name, []).append(one / other)
-    return {name: math.exp(float(torch.cat(found).log().mean())) for name, found in ratios.items()}
-
-
-def _by_task(found: Tensor, wanted: Tensor) -> Tensor:
-    tasks = len(wanted)
-    difference = (found.cpu().double() - wanted).reshape(tasks, -1).norm(dim=1)
-    # below half a place, being right is luck
-    return (difference / wanted.reshape(tasks, -1).norm(dim=1)).clamp_min(2**-24)
-
-
-def low_precision(dtype: torch.dtype, precision: str, device: str = "cpu") -> dict[str, float]:
-    """Relative errors of the fast products; of bfloat16 tensors, over those of the definition in bfloat16."""
-    b = Layer(replace(LAYERS["first_layer"], out=16), dtype, device)
-    q, cotangents = _cotangents(b, precision if dtype == torch.float32 else "bfloat16")
-    exact = definition(b, q, cotangents, torch.float64)
-    found = derivatives(b, q, cotangents, precision=precision)
-    assert all(tensor.dtype == dtype for tensor in found.values())
-    for result in (exact, found):
-        result["dd.q"] = result["dd.q"] * (q != 0).to(result["dd.q"].device)
-    errors = {name: relative_error(found[name], wanted) for name, wanted in exact.items()}
-    if dtype == torch.float32:
-        return errors
-    own = definition(b, q, cotangents, dtype)
-    own["dd.q"] = own["dd.q"] * (q != 0).cpu()
-    return {name: error / relative_error(own[name], exact[name]) for name, error in errors.items()}
 
 
 # --- patch statistics, the end of a residual block ---
@@ -283,19 +191,7 @@ def missing_numbers(device: str = "cpu") -> list[bool]:
     return [bool(residual_end(x, x, slope=slope, pool=True, padding=0).isnan().all()) for slope in (0.0, 0.1)]
 
 
-# --- bits, places ---
-
-
-def different_bits(case: Case, device: str = "cpu") -> list[str]:
-    """Results whose bits change when they are computed again, or of a task without the others."""
-    b = Layer(case, torch.float32, device)
-    q, cotangents = _cotangents(b)
-    found, again = (derivatives(b, q, cotangents) for _ in range(2))
-    changed = [name for name, tensor in found.items() if not torch.equal(tensor, again[name])]
-    b.x, b.leaves = b.x[-1:], tuple(tensor[-1:] for tensor in b.leaves)
-    b.patches = tuple(tensor[-1:] for tensor in b.patches)
-    alone = derivatives(b, q[-1:], [tensor[-1:] for tensor in cotangents])
-    return changed + [f"{name} alone" for name, tensor in found.items() if not torch.equal(tensor[-1:], alone[name])]
+# --- places ---
 
 
 def beyond_int32() -> dict[str, float]:
@@ -333,15 +229,8 @@ def beyond_int32() -> dict[str, float]:
 CHECKS: dict[str, Any] = {
     "contract": lambda: {case.name: contract_errors(case, parts=case.name == "first_layer") for case in COMBINED},
     "rounding": lambda: {case.name: rounding(case) for case in ROUNDED},
-    "cpp": lambda: {
-        precision: contract_errors(LAYERS["first_layer"], dtype=torch.float32, precision=precision)
-        for precision in ("tf32", "bfloat16")
-    },
-    "low": lambda: {
-        "tf32": low_precision(torch.float32, "tf32"),
-        "bfloat16": low_precision(torch.float32, "bfloat16"),
-        "tensors": low_precision(torch.bfloat16, "float32"),
-    },
+    "cpp": lambda: blocks.fast_contract(contract_errors, LAYERS["first_layer"]),
+    "low": lambda: blocks.fast_products(Layer, FAST),
     "patches": lambda: {case.name: patch_errors(case) for case in PATCH_CASES},
     "ends": lambda: {case.name: end_errors(case) for case in ENDS.values()},
     "missing": missing_numbers,
@@ -354,15 +243,10 @@ BLOCKS = {"first_layer_forward": 64, "first_layer_reduce": 64, "first_layer_seco
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # and with it, fresh memory is NaN
-    registration.load()
-    interpreter_rounding.install()
     with contextlib.ExitStack() as stack:
         for kernel, block in BLOCKS.items():  # few large blocks: the interpreter takes as long for a small one
             stack.enter_context(launch.trying(kernel, {"BLOCK_P": block}))
-        found = {name: check() for name, check in CHECKS.items() if name in sys.argv[1:] or not sys.argv[1:]}
-    print(json.dumps(found))
+        blocks.print_checks(CHECKS)
 
 
 if __name__ == "__main__":
