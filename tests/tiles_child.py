@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +17,31 @@ from helpers import config_of, gradients, lengthen_weights, random_episodes, rel
 from torch import Tensor
 
 from cxgrad_fast import Learner
-from cxgrad_fast.kernels import conv_block, registration, use_precision
+from cxgrad_fast.kernels import case_calls, conv_block, registration, use_precision
+from cxgrad_fast.kernels.cases import Case, inputs
 
-# tasks, images, inputs, outputs, height, width, kernel: whole tiles and less, one image and groups, rows of one pixel
-SHAPES = {
-    "one_tile": (1, 1, 32, 16, 4, 4, 1),
-    "one_channel": (1, 2, 1, 1, 5, 4, 3),
-    "odd": (2, 5, 7, 19, 6, 5, 3),
-    "more_rows_than_two_tiles": (1, 1, 16, 16, 7, 9, 3),
-    "48_channels": (1, 2, 48, 48, 10, 10, 3),
-    "group_of_images": (1, 30, 8, 33, 3, 3, 3),
-    "one_pixel": (1, 2, 24, 20, 1, 1, 3),
-    "one_row": (1, 2, 5, 20, 1, 23, 3),
-    "one_column": (1, 2, 5, 20, 23, 1, 3),
-    "pointwise": (2, 3, 20, 40, 5, 7, 1),
+# whole tiles and less, one image and groups, rows of one pixel
+CASES = {
+    name: Case("conv_block", name, "products on tiles", False, *sizes, slope=None, pool=False)
+    for name, sizes in {  # tasks, images, channels, out, height, width, kernel
+        "one_tile": (1, 1, 32, 16, 4, 4, 1),
+        "one_channel": (1, 2, 1, 1, 5, 4, 3),
+        "odd": (2, 5, 7, 19, 6, 5, 3),
+        "more_rows_than_two_tiles": (1, 1, 16, 16, 7, 9, 3),
+        "48_channels": (1, 2, 48, 48, 10, 10, 3),
+        "group_of_images": (1, 30, 8, 33, 3, 3, 3),
+        "one_pixel": (1, 2, 24, 20, 1, 1, 3),
+        "one_row": (1, 2, 5, 20, 1, 23, 3),
+        "one_column": (1, 2, 5, 20, 23, 1, 3),
+        "pointwise": (2, 3, 20, 40, 5, 7, 1),
+    }.items()
 }
+BLOCKS = [
+    replace(CASES["odd"], pool=True),
+    CASES["48_channels"],
+    CASES["pointwise"],
+    replace(CASES["group_of_images"], pool=True),
+]
 
 
 class Tiles:
@@ -62,12 +73,10 @@ def leave_nan_behind() -> None:
 def convolutions(tiles: Tiles) -> dict[str, Any]:
     """Errors of tile and software products against float64 products of rounded factors, and the tile products made."""
     found = {}
-    for name, (tasks, images, inputs, outputs, height, width, kernel) in SHAPES.items():
-        g = torch.Generator().manual_seed(0)
-        x = torch.randn(tasks, images, inputs, height, width, generator=g)
-        w = torch.randn(tasks, outputs, inputs, kernel, kernel, generator=g)
+    for name, case in CASES.items():
+        x, w = (inputs(case, torch.float32).tensors[key].detach() for key in ("x", "weight"))
         factors = zip(x.bfloat16().double(), w.bfloat16().double(), strict=True)
-        exact = torch.stack([F.conv2d(image, weight, padding=kernel // 2) for image, weight in factors])
+        exact = torch.stack([F.conv2d(image, weight, padding=case.kernel // 2) for image, weight in factors])
         errors = {}
         for there in (False, True):
             tiles.use(there)
@@ -79,36 +88,16 @@ def convolutions(tiles: Tiles) -> dict[str, Any]:
     return found
 
 
-def derivatives(shape: tuple[int, ...], dtype: torch.dtype, precision: str, pool: bool) -> dict[str, Tensor]:
-    """Output, first and second derivatives of a block on random images."""
-    tasks, images, inputs, outputs, height, width, kernel = shape
-    g = torch.Generator().manual_seed(1)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=g, dtype=torch.float64)
-
-    given = {
-        "x": normal(tasks, images, inputs, height, width),
-        "weight": 0.2 * normal(tasks, outputs, inputs, kernel, kernel),
-        "scale": 1 + 0.1 * normal(tasks, outputs),
-        "bias": 0.1 * normal(tasks, outputs),
-    }
-    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in given.items()}
+def derivatives(case: Case, dtype: torch.dtype, precision: str) -> dict[str, Tensor]:
+    """Of the block, on the same values in every type and precision."""
     with use_precision(precision):
-        out = conv_block(*leaves.values(), 1e-3, slope=None, pool=pool)
-    q = normal(*out.shape).to(dtype).requires_grad_()
-    first = torch.autograd.grad(out, list(leaves.values()), q, create_graph=True)
-    sent = [normal(*gradient.shape).to(dtype) for gradient in first]
-    wanted = [*leaves.values(), q]
-    second = torch.autograd.grad(first, wanted, sent, allow_unused=True, materialize_grads=True)
-    found = {"out": out} | {f"d.{name}": gradient for name, gradient in zip(leaves, first, strict=True)}
-    return found | {f"dd.{name}": gradient for name, gradient in zip((*leaves, "q"), second, strict=True)}
+        return case_calls.derivatives(case, inputs(case, dtype))
 
 
 def blocks(tiles: Tiles) -> dict[str, Any]:
     """Errors of every derivative by tiles: against software rounding, and against float64."""
     found = {}
-    for name, pool in (("odd", True), ("48_channels", False), ("pointwise", False), ("group_of_images", True)):
+    for case in BLOCKS:
         results = []
         for there, dtype, precision in (
             (True, torch.float32, "bfloat16"),
@@ -117,10 +106,10 @@ def blocks(tiles: Tiles) -> dict[str, Any]:
         ):
             tiles.use(there)
             leave_nan_behind()
-            results.append(derivatives(SHAPES[name], dtype, precision, pool))
+            results.append(derivatives(case, dtype, precision))
         own, software, exact = results
         used = [key for key, tensor in exact.items() if tensor.norm() > 0]
-        found[name] = {
+        found[case.name] = {
             "software": {key: relative_error(own[key], software[key]) for key in used},
             "float64": {key: relative_error(own[key], exact[key]) for key in used},
         }
@@ -134,10 +123,10 @@ def different_bits(tiles: Tiles) -> list[str]:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(derivatives(SHAPES["group_of_images"], torch.float32, "bfloat16", True))
+        results.append(derivatives(BLOCKS[-1], torch.float32, "bfloat16"))
     torch.set_num_threads(1)
     changed += [key for key, value in results[0].items() if any(not value.equal(other[key]) for other in results[1:])]
-    one, other = (derivatives(SHAPES["odd"], torch.float64, precision, True) for precision in ("float32", "bfloat16"))
+    one, other = (derivatives(BLOCKS[0], torch.float64, precision) for precision in ("float32", "bfloat16"))
     return changed + [f"float64 {key}" for key, value in one.items() if not value.equal(other[key])]
 
 
