@@ -3,8 +3,8 @@
     python bench/compare_precisions.py [--out runs/precisions] [--presets glyphs-5w1s glyphs-5w5s] [--seeds 0 1 2]
 
 Trains what is missing, as bench/compare_algorithms.py does. Where no unit of the machine multiplies so, the factors are
-rounded in software, which gives the same accuracy at float32's speed. A precision whose mean lies below float32's worst
-seed is labelled.
+rounded in software, which gives the same accuracy and no speed. A precision whose mean lies below float32's worst seed
+is labelled.
 """
 
 from __future__ import annotations

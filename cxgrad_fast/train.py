@@ -215,7 +215,7 @@ def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
         if session.iteration < session.config.outer.iterations:
             print(session.learner.plan_memory(session.config.outer.meta_batch), flush=True)
             if session.learner.rounds_in_software:
-                print(f"{session.config.run.precision}: factors rounded in software, at float32's speed", flush=True)
+                print(f"{session.config.run.precision}: rounded in software, no faster than float32", flush=True)
         before = measured_peak(session.learner.device)
         _train(session, run, signals)
         peak = measured_peak(session.learner.device)
