@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 import runpy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config_of, gradients, lengthen_weights, random_episodes, relative_error, require_cpp
+from helpers import (
+    config_of,
+    gradients,
+    lengthen_weights,
+    random_episodes,
+    relative_error,
+    require_cpp,
+    spread_parameters,
+)
 from tiny_runs import words, write_images
 from torch import Tensor
 
@@ -114,6 +123,24 @@ def test_a_tiny_cxgrad_in_every_precision() -> None:
         assert least < abs(losses[precision][1] / losses["float64"][1] - 1) < most, precision
     errors = {name: relative_error(meta_gradients[name], meta_gradients["float64"]) for name in SIGNIFICANT}
     assert 100 * errors["float32"] < errors["tf32"] < errors["bfloat16"] < 1, errors
+
+
+@pytest.mark.usefixtures("in_software")
+@pytest.mark.parametrize(("precision", "backend"), [("bfloat16", "auto"), ("tf32", "auto"), ("float64", "reference")])
+def test_recomputed_steps_are_the_same_whatever_thread_asks(precision: str, backend: str) -> None:
+    """Autograd takes the gradients of tensors of a CUDA device in a thread of its own; here one of Python's does."""
+    small = {"inner__steps": 2, "model__image_size": 16, "task__queries": 1, "task__ways": 3}
+    learner = Learner(config_of(**small, run__recompute=True, run__precision=precision, run__backend=backend))
+    spread_parameters(learner)
+    episodes = random_episodes(learner.config)
+    with learner._operators():  # the settings hold in the backward pass too
+        expected = gradients(learner.meta_loss(episodes).loss, learner.meta_parameters)
+    outs = [learner.meta_loss(episodes) for _ in range(2)]
+    with ThreadPoolExecutor(1) as thread:
+        elsewhere = thread.submit(gradients, outs[0].loss, learner.meta_parameters).result()
+    for found in (elsewhere, gradients(outs[1].loss, learner.meta_parameters)):
+        for name, gradient in expected.items():
+            assert torch.equal(found[name], gradient), name
 
 
 @pytest.mark.usefixtures("in_software")

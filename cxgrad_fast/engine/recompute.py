@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
+        # backend and precision are context variables; autograd's thread for a CUDA device has none of them
+        ctx.variables = copy_context()
         ctx.save_for_backward(*inputs)
         with torch.enable_grad():
             outputs = step([tensor.detach() for tensor in inputs], False)
@@ -27,7 +30,7 @@ class _Recomputed(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad():
-            outputs = ctx.step(inputs, True)
+            outputs = ctx.variables.copy().run(ctx.step, inputs, True)  # a copy may run while another does
         attached = [(out, cot) for out, cot in zip(outputs, cotangents, strict=True) if out.requires_grad]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         gradients = iter(
@@ -39,7 +42,8 @@ class _Recomputed(torch.autograd.Function):
 def recomputed(step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``step(inputs)``, holding only its inputs until its gradient is asked for.
 
-    Costs one more run of the step. The outputs are differentiable once, which is all a meta-gradient needs: the inner
-    gradients are inside the step.
+    Costs one more run of the step, on the backend and in the precision of the first run, whatever thread asks for the
+    gradient. The outputs are differentiable once, which is all a meta-gradient needs: the inner gradients are inside
+    the step.
     """
     return _Recomputed.apply(step, *inputs)
