@@ -82,7 +82,7 @@ class Episodes:
 class EpisodeSampler:
     """Draws the episodes of one split; task ``i`` depends on (seed, split, i) alone.
 
-    Any task can therefore be drawn again, by any process, in any order, to the bit.
+    Any task can therefore be drawn again, by any process, on any device, in any order, to the bit.
 
     Args:
         pool: the images, on the device where episodes are wanted.
@@ -118,10 +118,12 @@ class EpisodeSampler:
         self._channels = config.model.channels
         self._seed = config.run.seed
         self._draw = self._draw_released if config.data.sampler == "released" else self._draw_counter
+        device = pool.images.device
+        # tensors on the device: by a number of the host CUDA multiplies with its reciprocal, which has other bits
+        self._white, self._three = (torch.full((), value, dtype=dtype, device=device) for value in (255, 3))
         self._normalization: tuple[Tensor, Tensor] | None = None
         if config.data.normalize != "none":
             mean, std = _NORMALIZATION[config.data.normalize]
-            device = pool.images.device
             self._normalization = (
                 torch.tensor(mean, dtype=dtype, device=device).view(3, 1, 1),
                 torch.tensor(std, dtype=dtype, device=device).view(3, 1, 1),
@@ -146,13 +148,16 @@ class EpisodeSampler:
         return Episodes(*sets, ways=task.ways)
 
     def _gather(self, rows: Tensor) -> Tensor:
-        """``[T, S]`` pool rows -> ``[T, S, C, H, W]`` images in the network's units."""
+        """``[T, S]`` pool rows -> ``[T, S, C, H, W]`` images in the network's units: the same bits on every device."""
         images = self.pool.images[rows].permute(0, 1, 4, 2, 3).to(self.dtype, memory_format=torch.contiguous_format)
-        images = images.div_(255)
+        images = images.div_(self._white)
         if self._normalization is not None:
             mean, std = self._normalization
             images = images.sub_(mean).div_(std)
-        return images.mean(2, keepdim=True) if self._channels == 1 else images
+        if self._channels == 1:
+            red, green, blue = images.split(1, 2)
+            images = (red + green).add_(blue).div_(self._three)
+        return images
 
     def _draw_counter(self, index: int) -> np.ndarray:
         task = self._task

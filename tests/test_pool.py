@@ -5,11 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.config import Config, InputError, preset
@@ -268,7 +272,7 @@ class TestUnits:
 
     def test_plain(self) -> None:
         drawn, images = self.episode()
-        torch.testing.assert_close(drawn, images)
+        assert torch.equal(drawn, images)
 
     def test_normalised(self) -> None:
         drawn, images = self.episode(data__normalize="imagenet")
@@ -279,7 +283,45 @@ class TestUnits:
 
     def test_one_channel_is_the_mean_of_three(self) -> None:
         drawn, images = self.episode(model__channels=1)
-        torch.testing.assert_close(drawn, images.mean(1, keepdim=True))
+        assert torch.equal(drawn, images.mean(1, keepdim=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_every_byte_is_the_nearest_quotient(self, dtype: torch.dtype) -> None:
+        drawing = EpisodeSampler(numbered_pool([64] * 4), preset("glyphs-5w1s", SMALL), dtype)
+        drawn = drawing._gather(torch.arange(256)[None])[0, :, 0, 0, 0].numpy()
+        for byte, value in enumerate(drawn):
+            exact = Fraction(byte, 255)
+            distance = abs(Fraction(float(value)) - exact)
+            for other in (np.nextafter(value, value.dtype.type(side)) for side in (-1, 2)):
+                assert distance < abs(Fraction(float(other)) - exact), byte
+
+    @pytest.mark.parametrize("settings", [{}, {"data.normalize": "imagenet"}, {"model.channels": 1}])
+    def test_no_number_of_the_host_divides(self, settings: dict[str, object]) -> None:
+        """A device would multiply with its reciprocal, which has other bits: 126 of the bytes in float32."""
+        pool = numbered_pool([7] * 5)
+        elsewhere = SimpleNamespace(
+            **{name: getattr(pool, name) for name in ("class_sizes", "class_names", "split", "source")},
+            images=pool.images.to("meta"),
+        )
+        drawing = EpisodeSampler(elsewhere, preset("glyphs-5w1s", SMALL | settings))
+        with Divisions() as divisions:
+            drawing._gather(torch.zeros(1, 6, dtype=torch.int64, device="meta"))
+        assert divisions.by
+        assert all(isinstance(divisor, torch.Tensor) and divisor.is_meta for divisor in divisions.by)
+
+
+class Divisions(TorchDispatchMode):
+    """What the calls of a block divide by; ``by`` has a number for a mean, which divides by a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2].removesuffix("_")
+        if name in ("div", "mean", "reciprocal"):
+            self.by.append(args[1])
+        return func(*args, **(kwargs or {}))
 
 
 class TestPool:
