@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import torch
 
 from cxgrad_fast.config import PRESETS, Config, InputError, from_toml, preset
+from cxgrad_fast.near_words import advice
+from cxgrad_fast.printable import one_line, shown
 
 DEFAULT_PRESET = "glyphs-5w1s"
 
@@ -57,9 +59,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._settings = [] if defaults is None else list(defaults.flat())
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        raise InputError(one_line(message, 300))
 
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, object]]:
         """The command's own options, and the settings among the words as ``{dotted name: text}``.
@@ -76,13 +79,10 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse(self, word: str) -> NoReturn:
         if not word.startswith("-"):
-            self.error(f"unexpected word '{word}': options start with --, see --help")
+            self.error(f"unexpected word {shown(word)}: options start with --, see --help")
         name = word.partition("=")[0]
-        known = {option: option for action in self._actions for option in action.option_strings}
-        for setting in Config().flat():
-            known[f"--{setting.partition('.')[2]}"] = known[f"--{setting}"] = f"--{setting}"
-        nearest = max(known, key=lambda other: (difflib.SequenceMatcher(None, name, other).ratio(), other))
-        self.error(f"unknown option '{name}': did you mean '{known[nearest]}'?")
+        options = [option for action in self._actions for option in action.option_strings]
+        self.error(f"unknown option {shown(name)}: {advice(name, self._settings, options)}")
 
 
 def split_settings(argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
@@ -102,7 +102,7 @@ def split_settings(argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
         if not equals:
             value = next(words, "--")
             if value.startswith("--"):
-                raise InputError(f"setting '{name[2:]}' needs a value: {name} VALUE")
+                raise InputError(f"setting {shown(name[2:])} needs a value: {one_line(name, 100)} VALUE")
         settings[name[2:]] = value
     return settings, rest
 
@@ -123,7 +123,7 @@ def build_config(
     from_file = from_toml(file) if file is not None else {}
     stated = from_file.pop("preset", default)
     if not isinstance(stated, str):
-        raise InputError(f"'preset' in the settings file '{file}' must be text, got {stated!r}")
+        raise InputError(f"'preset' in the settings file '{file}' must be text, got {shown(stated)}")
     return preset(stated if name is None else name, {**from_file, **settings})
 
 
@@ -151,6 +151,8 @@ def _settings_help(config: Config) -> str:
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """``main(argv)``'s exit code; bad input and disks that refuse become ``error: <one line>`` on stderr and 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be more than the terminal can show
     try:
         return main(argv)
     except InputError as error:
@@ -169,7 +171,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    print("error:", one_line(message), file=sys.stderr)
     return 2
 
 

@@ -7,42 +7,58 @@ A setting is named ``group.field`` (``task.shots``); the same words are used in 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+from cxgrad_fast.near_words import advice, nearest
+from cxgrad_fast.printable import one_line, shown
+
+LARGEST_INTEGER, LARGEST_NUMBER = 10**9, 1e38  # of settings that name no bound of their own; 1e38 is a float32
+LARGEST_FILE = 1 << 20  # bytes of a settings file
+_LARGEST_BATCH = 2**50  # numbers in a layer's output for all tasks at once: petabytes
+_RELEASED_TASKS = 2**32 - 10**6  # numpy's RandomState takes 32 bits, and the first task's seed is below a million
 
 
 class InputError(ValueError):
     """Bad input from a person: the message is one line that names the file or setting and says what to do.
 
-    The commands print it and exit with code 2.
+    The commands print it and exit with code 2. Whatever text from outside the message holds, it is one printable line.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def _choice(*options: object) -> dict[str, object]:
     return {"choices": options}
 
 
-def _at_least(bound: float) -> dict[str, object]:
-    return {"minimum": bound}
+def _at_least(bound: float, at_most: float | None = None) -> dict[str, object]:
+    return {"minimum": bound, "maximum": at_most}
 
 
 def _above(bound: float) -> dict[str, object]:
     return {"above": bound}
 
 
+def _like(pattern: str, meaning: str) -> dict[str, object]:
+    return {"pattern": pattern, "meaning": meaning}
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """The shape of one task (episode)."""
 
-    ways: int = field(default=5, metadata=_at_least(2))
-    shots: int = field(default=1, metadata=_at_least(1))
-    queries: int = field(default=15, metadata=_at_least(1))  # per class
+    ways: int = field(default=5, metadata=_at_least(2, 100_000))
+    shots: int = field(default=1, metadata=_at_least(1, 100_000))
+    queries: int = field(default=15, metadata=_at_least(1, 100_000))  # per class
 
 
 @dataclass(frozen=True)
@@ -51,12 +67,12 @@ class ModelConfig:
 
     backbone: str = field(default="conv4", metadata=_choice("conv4", "resnet12"))
     # conv4: of each layer; resnet12: of the first block, doubled by each of the three that follow
-    filters: int = field(default=48, metadata=_at_least(1))
+    filters: int = field(default=48, metadata=_at_least(1, 100_000))
     norm: str = field(default="batch", metadata=_choice("batch", "group", "layer"))
     norm_groups: int = field(default=8, metadata=_at_least(1))  # of norm = group
-    norm_eps: float = field(default=1e-5, metadata=_above(0))
+    norm_eps: float = field(default=1e-5, metadata=_at_least(1e-30))
     slope: float = field(default=0.01, metadata=_at_least(0))  # of LeakyReLU; 0 is ReLU
-    image_size: int = field(default=84, metadata=_at_least(1))
+    image_size: int = field(default=84, metadata=_at_least(1, 10_000))
     channels: int = field(default=3, metadata=_choice(1, 3))
     pool_last: bool = True  # resnet12: pool after the fourth block too (paper) or not (released ALFA program)
     pool_padding: tuple[int, ...] = (0, 0, 0, 0)  # resnet12: of each block's pool; the released program has 0,0,1,1
@@ -67,10 +83,10 @@ class InnerConfig:
     """The inner loop (adaptation)."""
 
     algorithm: str = field(default="cxgrad", metadata=_choice("cxgrad", "maml"))
-    steps: int = field(default=5, metadata=_at_least(0))
+    steps: int = field(default=5, metadata=_at_least(0, 100_000))
     order: int = field(default=2, metadata=_choice(1, 2))  # of the meta-gradient
     learning_rate: float = field(default=0.01, metadata=_at_least(0))  # alpha
-    context_dim: int = field(default=100, metadata=_at_least(1))  # of nu, and of the scaler's hidden layer
+    context_dim: int = field(default=100, metadata=_at_least(1, 100_000))  # of nu, and of the scaler's hidden layer
     context_learning_rate: float = field(default=1.0, metadata=_at_least(0))  # beta
     # task: nu accumulates over the steps; step: nu starts from zero, with its own first pass, in every step
     context_update: str = field(default="task", metadata=_choice("task", "step"))
@@ -121,14 +137,15 @@ class EvaluationConfig:
 class RunConfig:
     """How a run is executed."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    device: str = field(default="auto", metadata=_like(r"auto|cpu|cuda(:[0-9]{1,4})?", "auto, cpu or cuda[:index]"))
     precision: str = field(default="float32", metadata=_choice("float64", "float32", "tf32", "bfloat16"))
     backend: str = field(default="auto", metadata=_choice("auto", "reference", "cpp", "triton"))
     compile: bool = False
     tasks_per_chunk: int = field(default=0, metadata=_at_least(0))  # of the meta-batch; 0: all at once
     recompute: bool = False  # inner steps in the backward pass: less memory, one more forward pass
     checkpoint_every: int = field(default=100, metadata=_at_least(1))  # iterations
-    seed: int = field(default=0, metadata=_at_least(0))  # of the initial weights and of all episodes
+    # of the initial weights and of all episodes; numpy's RandomState, which gets 104 more, takes no larger one
+    seed: int = field(default=0, metadata=_at_least(0, 2**32 - 1 - 104))
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,7 @@ class Config:
         for name, value in overrides.items():
             known = _FIELDS.get(_ALIASES.get(name, name))
             if known is None:
-                raise InputError(f"unknown setting '{name}': did you mean '{_nearest(name, _FIELDS)}'?")
+                raise InputError(f"unknown setting {shown(name)}: {advice(str(name), _FIELDS)}")
             group, spec = known
             groups.setdefault(group, {})[spec.name] = _coerce(name, spec, group, value)
         replaced = {group: dataclasses.replace(getattr(self, group), **fields) for group, fields in groups.items()}
@@ -171,7 +188,7 @@ class Config:
 
     def to_toml(self) -> str:
         """The settings as a TOML file that ``--config`` reads back to an equal Config."""
-        lines = [f'preset = "{self.preset}"'] if self.preset else []
+        lines = [f"preset = {_toml_value(self.preset)}"] if self.preset in PRESETS else []
         last = ""
         for name, value in self.flat().items():
             group, key = name.split(".")
@@ -188,8 +205,8 @@ def preset(name: str, overrides: Mapping[str, object] | None = None) -> Config:
     Raises:
         InputError: unknown preset or setting (the message names the nearest), or a value out of its range.
     """
-    if name not in PRESETS:
-        raise InputError(f"unknown preset '{name}': did you mean '{_nearest(name, PRESETS)}'?")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"unknown preset {shown(name)}: did you mean '{nearest(str(name), PRESETS)}'?")
     return dataclasses.replace(Config(), preset=name).override({**PRESETS[name], **(overrides or {})})
 
 
@@ -197,14 +214,22 @@ def from_toml(path: str | Path) -> dict[str, object]:
     """The settings of a TOML file as ``{dotted name: value}``; ``preset`` may stand among them.
 
     Raises:
-        InputError: the file is missing or is not TOML.
+        InputError: the file is missing, is larger than 1 MiB, or is not TOML.
     """
     try:
         with open(path, "rb") as file:
-            tables = tomllib.load(file)
+            data = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise InputError(f"cannot read the settings file '{path}': {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(data) > LARGEST_FILE:
+        raise InputError(f"'{path}' is not a settings file: it is larger than 1 MiB")
+    try:
+        tables = tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"the settings file '{path}' is not UTF-8 text: byte {error.start} is no character") from None
+    except RecursionError:
+        raise InputError(f"the settings file '{path}' nests too deep: settings are group.field = value") from None
+    except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
         raise InputError(f"the settings file '{path}' is not TOML: {error}") from None
     settings: dict[str, object] = {}
     for group, table in tables.items():
@@ -228,25 +253,40 @@ _FIELDS = _fields()
 _ALIASES = {"data.seed": "run.seed"}  # one seed serves weights and episodes
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    return max(known, key=lambda other: (difflib.SequenceMatcher(None, name, other).ratio(), other))
-
-
 def _coerce(name: str, spec: dataclasses.Field[Any], group: str, value: object) -> object:
     """``value`` as the type of its field, in range; InputError otherwise."""
     wanted = typing.get_type_hints(type(getattr(Config(), group)))[spec.name]
     result = _convert(wanted, value)
     if result is None:
-        shown = "list of whole numbers" if wanted == tuple[int, ...] else wanted.__name__
-        raise InputError(f"setting '{name}' takes a value of type {shown}, got {value!r}")
+        kind = "list of whole numbers" if wanted == tuple[int, ...] else wanted.__name__
+        raise InputError(f"setting '{name}' takes a value of type {kind}, got {shown(value)}")
     choices, minimum, above = (spec.metadata.get(key) for key in ("choices", "minimum", "above"))
     if choices is not None and result not in choices:
-        raise InputError(f"setting '{name}' takes one of {', '.join(map(repr, choices))}, got {result!r}")
+        raise InputError(f"setting '{name}' takes one of {', '.join(map(repr, choices))}, got {shown(result)}")
     if minimum is not None and not result >= minimum:
-        raise InputError(f"setting '{name}' must be at least {minimum}, got {result!r}")
+        raise InputError(f"setting '{name}' must be at least {minimum}, got {shown(result)}")
     if above is not None and not result > above:
-        raise InputError(f"setting '{name}' must be greater than {above}, got {result!r}")
+        raise InputError(f"setting '{name}' must be greater than {above}, got {shown(result)}")
+    if wanted in (int, float):
+        maximum = spec.metadata.get("maximum") or (LARGEST_INTEGER if wanted is int else LARGEST_NUMBER)
+        if not result <= maximum:
+            raise InputError(f"setting '{name}' must be at most {maximum}, got {shown(result)}")
+    if wanted is str:
+        _check_text(name, spec, result)
     return result
+
+
+def _check_text(name: str, spec: dataclasses.Field[Any], text: str) -> None:
+    pattern = spec.metadata.get("pattern")
+    if pattern is not None and not re.fullmatch(pattern, text):
+        raise InputError(f"setting '{name}' takes {spec.metadata['meaning']}, got {shown(text)}")
+    try:
+        text.encode()  # as in config.toml
+        is_text = "\0" not in text
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise InputError(f"setting '{name}' must be UTF-8 text without NUL, got {shown(text)}: rename the folder")
 
 
 def _convert(wanted: Any, value: Any) -> Any:
@@ -257,23 +297,47 @@ def _convert(wanted: Any, value: Any) -> Any:
         return value if isinstance(value, bool) else None
     if wanted is str:
         return value if isinstance(value, str) else str(value) if isinstance(value, Path) else None
-    if isinstance(value, bool):
+    if wanted is int:
+        return _whole(value)
+    if wanted is float:
+        return _number(value)
+    if isinstance(value, str):
+        value = value.strip("[]()").split(",")
+    parts = [_whole(part) for part in value] if isinstance(value, list | tuple) else [None]
+    return None if None in parts else tuple(parts)
+
+
+def _whole(value: object) -> int | None:
+    """A whole number, also as a float or as text; None for anything else."""
+    try:
+        if isinstance(value, str):
+            return int(value) if value.isascii() else None  # int() takes the digits of all scripts
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        return None
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _number(value: object) -> float | None:
+    """A finite number, also as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | Real) or (isinstance(value, str) and not value.isascii()):
         return None
     try:
-        if wanted is int:
-            return int(value) if isinstance(value, str) or int(value) == value else None
-        if wanted is float:
-            return number if math.isfinite(number := float(value)) else None
-        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
-        return tuple(int(part) for part in parts)
-    except (TypeError, ValueError, OverflowError):
+        number = float(value)
+    except (ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _check_together(config: Config) -> None:
+    _check_sizes(config)
     model = config.model
     if len(model.pool_padding) != 4 or not set(model.pool_padding) <= {0, 1}:
-        raise InputError(f"setting 'model.pool_padding' takes four of 0 or 1, one a block, got {model.pool_padding}")
+        raise InputError(
+            f"setting 'model.pool_padding' takes four of 0 or 1, one a block, got {shown(model.pool_padding)}"
+        )
     if model.norm == "group" and model.filters % model.norm_groups:
         raise InputError(
             f"setting 'model.norm_groups' (={model.norm_groups}) must divide 'model.filters' (={model.filters})"
@@ -299,12 +363,31 @@ def _check_together(config: Config) -> None:
         )
 
 
+def _check_sizes(config: Config) -> None:
+    """That a batch of tasks can be counted, and that the released program's seeds last for all tasks."""
+    task, model, outer, evaluation = config.task, config.model, config.outer, config.evaluation
+    evaluated = max(evaluation.validation_tasks, evaluation.test_tasks)
+    tasks = max(outer.meta_batch, min(evaluation.tasks_per_batch, evaluated))
+    images = tasks * task.ways * (task.shots + task.queries)
+    if images * model.image_size**2 * max(model.channels, model.filters) > _LARGEST_BATCH:
+        raise InputError(
+            f"{tasks} tasks at once (outer.meta_batch, evaluation.tasks_per_batch) of {task.ways} ways, {task.shots} "
+            f"shots and {task.queries} queries, {model.image_size} pixels wide, need more memory than any machine has"
+        )
+    drawn = max(outer.iterations * outer.meta_batch, evaluated)
+    if config.data.sampler == "released" and drawn > _RELEASED_TASKS:
+        raise InputError(
+            f"data.sampler = released has seeds for {_RELEASED_TASKS} tasks, outer.iterations (={outer.iterations}) x "
+            f"outer.meta_batch (={outer.meta_batch}) are more: use data.sampler = counter"
+        )
+
+
 def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
     return repr(value)
 
 

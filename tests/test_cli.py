@@ -1,9 +1,13 @@
 import argparse
 import errno
 import io
+import os
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from properties import examples
 
 from cxgrad_fast.cli import (
     Parser,
@@ -85,12 +89,57 @@ def test_a_bad_file_is_told(tmp_path, text: str, message: str) -> None:
         ("--resum=x", "unknown option '--resum': did you mean '--resume'?"),
         ("glyphs", "unexpected word 'glyphs': options start with --, see --help"),
         ("--resume", "argument --resume: expected one argument"),
+        ("--lr", "unknown option '--lr': did you mean '--outer.learning_rate'?"),
+        ("--epochs=3", "unknown option '--epochs': did you mean '--outer.iterations'?"),
+        ("--batch-size", "unknown option '--batch-size': did you mean '--outer.meta_batch'?"),
+        ("--gpu", "unknown option '--gpu': did you mean '--run.device'?"),
+        ("--num_workers", "unknown option '--num_workers': images are in memory, no process loads them"),
+        ("\x1b[31m", r"unexpected word '\x1b[31m': options start with --, see --help"),
+        ("--resume\x1b[2J", r"unknown option '--resume\x1b[2J': did you mean '--resume'?"),
     ],
 )
 def test_an_unknown_word_is_told_with_the_nearest_option(parser: Parser, word: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         parser.parse([word])
     assert str(caught.value) == message
+
+
+def test_a_command_without_settings_offers_none() -> None:
+    with pytest.raises(InputError, match=r"^unknown option '--lr': did you mean '--help'\?$"):
+        Parser("info", "what it does").parse(["--lr"])
+
+
+@pytest.mark.parametrize("word", ["--" + "x" * 5000, "x" * 5000, "--task." + "x" * 5000, "--compile=" + "x" * 5000])
+def test_long_words_are_cut_in_messages(parser: Parser, word: str) -> None:
+    parser.add_argument("--compile", choices=["yes", "no"])
+    with pytest.raises(InputError, match=r"x\.\.\.x") as told:
+        parser.parse([word])
+    assert len(str(told.value)) <= 300
+
+
+@examples(300)
+@given(
+    st.lists(
+        st.text(st.characters(), max_size=20)
+        | st.sampled_from(["--resume", "--preset", "--task.ways", "--config=", "--", "=", "--.", "--run.device", "mps"])
+        | st.from_regex(r"--[a-z.]{0,8}(=[0-9a-z]{0,5})?", fullmatch=True),
+        max_size=5,
+    )
+)
+@example(["--"])
+@example(["--=", "--.=", "-"])
+def test_any_words_are_taken_or_refused_in_one_line(words: list[str]) -> None:
+    made = Parser("train", "what it does", preset("glyphs-5w1s"))
+    add_config_options(made)
+    made.add_argument("--resume")
+
+    def main(argv) -> int:
+        options, settings = made.parse(argv)
+        build_config(options.preset, None, settings)
+        return 0
+
+    if not {"-h", "--help"} & set(words):
+        assert run_command(main, words) in (0, 2)
 
 
 def test_help_lists_every_setting_with_its_default_and_choices(parser: Parser, capsys) -> None:
@@ -122,6 +171,8 @@ def _raising(error: BaseException):
     ("error", "line"),
     [
         (InputError("no such\nthing"), "error: no such thing"),
+        (InputError("no '\x1b[31m\udcff'"), r"error: no '\x1b[31m\udcff'"),
+        (OSError(errno.EISDIR, "Is a directory", "\x1b[2J"), r"error: cannot write or read '\x1b[2J': Is a directory"),
         (
             OSError(errno.ENOSPC, "No space left on device", "run/latest.pt"),
             "error: cannot write or read 'run/latest.pt': No space left on device "
@@ -138,6 +189,14 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(error: Exception, li
     assert run_command(_raising(error)) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", line + "\n")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_printed_as_it_can(monkeypatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert run_command(lambda argv: print("run", os.fsdecode(b"runs/\xff"), "± 1 %") or 0) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == rb"run runs/\udcff \xb1 1 %" + b"\n"
 
 
 @pytest.mark.parametrize("error", [KeyError("a fault of ours"), FileNotFoundError(errno.ENOENT, "gone", "x")])

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from properties import examples
 
 from cxgrad_fast import Config, InputError, preset
 from cxgrad_fast.config import PRESETS, from_toml
+from cxgrad_fast.printable import shown
+
+SETTINGS = sorted(Config().flat())
 
 
 def test_overrides_of_every_kind() -> None:
@@ -64,7 +75,41 @@ def test_released_presets_say_what_the_program_does() -> None:
         ("model.pool_padding", "0,x", "takes a value of type list of whole numbers"),
         ("data.source", "folders", "takes one of 'glyphs', 'digits', 'folder'"),
         ("data.root", "", "setting 'data.root' is needed with data.source = folder"),
+        ("data.root", "/data/\udcff", r"setting 'data.root' must be UTF-8 text without NUL, got '/data/\\udcff'"),
+        ("data.root", "/data/\0", r"setting 'data.root' must be UTF-8 text without NUL, got '/data/\\x00'"),
+        ("model.pool_padding", "0,0,1,0.5", "takes a value of type list of whole numbers, got '0,0,1,0.5'"),
+        ("model.pool_padding", [0, 0, 1, 0.5], "takes a value of type list of whole numbers"),
+        ("model.pool_padding", [0, 0, 1, True], "takes a value of type list of whole numbers"),
+        ("model.pool_padding", b"\0\0\1\1", "takes a value of type list of whole numbers"),
+        (
+            "model.pool_padding",
+            "0," * 2000 + "1",
+            r"takes four of 0 or 1, one a block, got \(0, 0, 0, 0, 0, 0, \.\.\.\)",
+        ),
+        ("task.shots", "５", "takes a value of type int, got '５'"),
+        ("inner.learning_rate", "０.５", "takes a value of type float, got '０.５'"),
+        ("task.shots", 10**5000, "'task.shots' must be at most 100000, got a number of 16610 bits"),
+        ("task.shots", "9" * 5000, r"takes a value of type int, got '9{30,60}\.\.\.9{30,60}'$"),
+        ("task.shots", float("inf"), "takes a value of type int, got inf"),
+        ("task.shots", torch.ones(3), "takes a value of type int"),
+        ("task.shots", np.ones(3), "takes a value of type int"),
+        ("task.shots", None, "takes a value of type int, got None"),
+        ("outer.iterations", 2**53 + 1, "'outer.iterations' must be at most 1000000000, got 9007199254740993"),
+        ("inner.learning_rate", "1e39", r"'inner.learning_rate' must be at most 1e\+38, got 1e\+39"),
+        ("inner.learning_rate", "1e999", "takes a value of type float, got '1e999'"),
+        ("inner.learning_rate", 10**400, "takes a value of type float, got a number of 1329 bits"),
+        ("model.norm_eps", "1e-40", "'model.norm_eps' must be at least 1e-30, got 1e-40"),
+        ("run.seed", 2**32 - 104, "'run.seed' must be at most 4294967191, got 4294967192"),
+        ("data.seed", 2**32, "'data.seed' must be at most 4294967191"),
+        ("run.device", "mps", r"setting 'run.device' takes auto, cpu or cuda\[:index\], got 'mps'"),
+        ("run.device", "meta", "setting 'run.device' takes auto, cpu or cuda"),
+        ("run.device", "cuda:-1", "setting 'run.device' takes auto, cpu or cuda"),
+        ("run.device", "cuda:１", "setting 'run.device' takes auto, cpu or cuda"),
+        ("run.device", "cpu\n", r"setting 'run.device' takes auto, cpu or cuda\[:index\], got 'cpu\\n'"),
+        ("inner.algorithm", "\x1b[31m", r"takes one of 'cxgrad', 'maml', got '\\x1b\[31m'"),
+        ("\x1b[31m" + "x" * 5000, 1, r"^unknown setting '\\x1b\[31mx{20,60}\.\.\.x{20,60}': did you mean"),
     ],
+    ids=shown,
 )
 def test_bad_settings(name: str, value: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -91,10 +136,76 @@ def test_unknown_preset() -> None:
         preset("glyph-5w1s")
 
 
+@pytest.mark.parametrize("value", [3, 3.0, "3", " 3 ", "+3", np.int64(3), np.float32(3), Fraction(3)])
+def test_whole_numbers_of_every_kind(value: object) -> None:
+    assert Config().override({"task.ways": value, "inner.learning_rate": value}).task.ways == 3
+
+
+def test_the_largest_seed() -> None:
+    assert preset("glyphs-5w1s", {"run.seed": 2**32 - 105}).run.seed == 2**32 - 105
+
+
+def test_sizes_that_no_machine_has() -> None:
+    for changes in (
+        {"outer.meta_batch": 10**9},
+        {"evaluation.tasks_per_batch": 10**9, "evaluation.test_tasks": 10**9},
+        {"task.ways": 10**5, "task.queries": 10**5, "model.image_size": 10**4},
+    ):
+        with pytest.raises(InputError, match="need more memory than any machine has"):
+            preset("glyphs-5w1s", changes)
+    assert preset("glyphs-5w1s", {"evaluation.tasks_per_batch": 10**9}).evaluation.test_tasks == 600
+
+
+def test_the_released_programs_seeds_come_to_an_end() -> None:
+    with pytest.raises(InputError, match=r"data\.sampler = released has seeds for 4293967296 tasks"):
+        preset("released-mini-5w1s", {"outer.iterations": 10**9, "outer.meta_batch": 5})
+    assert preset("glyphs-5w1s", {"outer.iterations": 10**9, "outer.meta_batch": 5})
+
+
+# any text or value is a setting's, or refused
+
+
+def taken_or_told(action: Callable[[], Config]) -> Config | None:
+    """What ``action`` returns, or None where it raises an InputError of one printable line; any other error fails."""
+    try:
+        return action()
+    except InputError as error:
+        told = str(error)
+    assert told.isprintable()
+    return None
+
+
+_VALUES = st.one_of(
+    st.text(st.characters(), max_size=30),
+    st.from_regex(r"[-+]?[0-9_]{0,25}(\.[0-9]{0,5})?([eE][-+]?[0-9]{1,4})?", fullmatch=True),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.binary(max_size=8),
+    st.recursive(st.integers(0, 1) | st.floats() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=5)),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.builds(object),
+)
+
+
+@examples(500)
+@given(st.sampled_from(SETTINGS) | st.text(max_size=20), _VALUES)
+@example("data.root", 'a\nb\x7f\u2028 \\ " \U0001f600')
+@example("outer.iterations", "1" * 5000)
+def test_any_value_is_taken_or_refused_in_one_line(name: str, value: object) -> None:
+    config = taken_or_told(lambda: Config().override({name: value}))
+    if config is None:
+        return
+    tables = tomllib.loads(config.to_toml().encode().decode())
+    settings = {f"{group}.{key}": v for group, table in tables.items() for key, v in table.items()}
+    assert Config().override(settings) == config
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_toml_gives_the_same_back(name: str, tmp_path: Path) -> None:
-    config = preset(name, {"model.pool_padding": "0,0,1,1", "data.root": 'odd "folder"\\name'})
-    (tmp_path / "c.toml").write_text(config.to_toml())
+    config = preset(name, {"model.pool_padding": "0,0,1,1", "data.root": 'odd "folder"\\name\n\x1b[31m\x7f 文'})
+    (tmp_path / "c.toml").write_bytes(config.to_toml().encode())
     settings = from_toml(tmp_path / "c.toml")
     assert preset(str(settings.pop("preset")), settings) == config
 
@@ -105,6 +216,39 @@ def test_bad_toml(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[task\n")
     with pytest.raises(InputError, match=r"c.toml' is not TOML"):
         from_toml(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a = " + b"[" * 5000 + b"]" * 5000, r"c.toml' nests too deep: settings are group.field = value$"),
+        (b"a." * 5000 + b"b = 1", "c.toml' nests too deep|unknown setting"),
+        (b'[data]\nroot = "\xff"', r"c.toml' is not UTF-8 text: byte 15 is no character$"),
+        ("[task]\n".encode("utf-16"), "c.toml' is not UTF-8 text"),
+        (b"[task]\nways = " + b"9" * 5000, r"c.toml' is not TOML"),
+        (b"\0", "c.toml' is not TOML"),
+        (b"#" * (2**20 + 1), "c.toml' is not a settings file: it is larger than 1 MiB"),
+        (b'[task]\n"ways\\u001b[31m" = 1', r"unknown setting 'task.ways\\x1b\[31m'"),
+        (b"[[task]]\nways = 1", "unknown setting 'task': did you mean"),
+        (b"[task]\nways = 1979-05-27", r"takes a value of type int, got datetime.date\(1979, 5, 27\)"),
+        (b"[task.ways]\nx = 1", r"takes a value of type int, got \{'x': 1\}"),
+    ],
+    ids=shown,
+)
+def test_odd_settings_files_are_told_in_one_line(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "c.toml").write_bytes(data)
+    with pytest.raises(InputError, match=message) as told:
+        preset("glyphs-5w1s", from_toml(tmp_path / "c.toml"))
+    assert str(told.value).isprintable()
+
+
+@examples(200)
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@example(b"[task]\nways = 5")
+def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    file.write_bytes(data)
+    taken_or_told(lambda: preset("glyphs-5w1s", from_toml(file)))
 
 
 def test_frozen() -> None:
