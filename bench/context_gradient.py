@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast import Learner, preset
-from cxgrad_fast.algorithms.rule import FastState
+from cxgrad_fast.algorithms import State
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 _RATE = 1024.0  # so large that weights are lost in their updates, not the other way round
@@ -59,26 +59,25 @@ def make_case(case: int) -> Case:
 
 def context_gradient(case: Case, **settings: str) -> Tensor:
     """dL/dnu at nu = 0, ``[T, D]`` float64: without inner steps nu ends at ``-beta * dL/dnu``."""
-    context = _adapted(case, {"inner.steps": 0, "inner.context_learning_rate": 1.0}, settings).context
-    assert context is not None
-    return -context.detach().double()
+    context = _adapted(case, {"inner.steps": 0, "inner.context_learning_rate": 1.0}, settings).carried["context"]
+    return -context.double()
 
 
 def weight_gradient(case: Case, **settings: str) -> Tensor:
     """dL/dw of all convolutions, ``[T, ...]`` float64: after one step ``w' = w - alpha * dL/dw``."""
     overrides = {"inner.algorithm": "maml", "inner.steps": 1, "inner.learning_rate": _RATE}
-    weights = _adapted(case, overrides, settings).weights
+    weights = _adapted(case, overrides, settings).fast
     convolutions = [name for name, tensor in case.parameters.items() if tensor.dim() == 4]
-    moved = [case.parameters[name].double() - weights[name].detach().double() for name in convolutions]
+    moved = [case.parameters[name].double() - weights[name].double() for name in convolutions]
     return torch.cat([(difference / _RATE).flatten(1) for difference in moved], 1)  # [T, ...]
 
 
-def _adapted(case: Case, overrides: dict[str, object], settings: dict[str, str]) -> FastState:
+def _adapted(case: Case, overrides: dict[str, object], settings: dict[str, str]) -> State:
     given = {name.replace("__", "."): value for name, value in settings.items()}
     learner = Learner(preset("released-mini-5w1s", case.overrides | overrides | given))
     parameters = {name: tensor.to(learner.dtype) for name, tensor in case.parameters.items()}
     with learner._operators():
-        return learner.engine.adapt(parameters, case.x.to(learner.dtype), case.y, graph=False)
+        return learner.engine.adapted(parameters, case.x.to(learner.dtype), case.y, "transductive", {}).state
 
 
 def errors(number: int) -> dict[str, float]:

@@ -74,6 +74,7 @@ class ModelConfig:
     slope: float = field(default=0.01, metadata=_at_least(0))  # of LeakyReLU; 0 is ReLU
     image_size: int = field(default=84, metadata=_at_least(1, 10_000))
     channels: int = field(default=3, metadata=_choice(1, 3))
+    conv_bias: bool = False  # of every convolution; the norm behind it removes it from all outputs
     pool_last: bool = True  # resnet12: pool after the fourth block too (paper) or not (released ALFA program)
     pool_padding: tuple[int, ...] = (0, 0, 0, 0)  # resnet12: of each block's pool; the released program has 0,0,1,1
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxgrad_fast.algorithms import FastState, build_inner_loop
+from cxgrad_fast.algorithms import State, build_algorithm
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine import (
     ALONE,
+    Adaptation,
     CapturedStep,
     CudaGraphs,
     Engine,
@@ -67,14 +68,13 @@ class Learner:
             # float32 means float32: by default the framework rounds convolution operands to TF32
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        self.backbone = build_backbone(config)
-        rule = build_inner_loop(config, self.backbone)
-        self.engine = Engine(config, self.backbone, rule)
+        self.algorithm = build_algorithm(config, build_backbone(config.model))
+        self.engine = Engine(config, self.algorithm)
         # for seed 0 the released program's initial weights
         generator = torch.Generator().manual_seed(int(np.random.RandomState(104 + config.run.seed).randint(0, 999999)))
-        initial = self.backbone.initial(generator) | rule.initial(generator)
         self.meta_parameters = {
-            name: tensor.to(self.device, self.dtype).requires_grad_() for name, tensor in initial.items()
+            name: tensor.to(self.device, self.dtype).requires_grad_()
+            for name, tensor in self.algorithm.initial(generator).items()
         }
         self._adam: dict[str, Any] = {}
         rate = config.outer.learning_rate
@@ -155,7 +155,7 @@ class Learner:
         parameters = [torch.empty(tensor.shape, dtype=self.dtype) for tensor in self.meta_parameters.values()]
         backend = self.config.run.backend
         with use_backend(backend if backend == "reference" else "auto"):
-            engine = Engine(self.config.override({"run.tasks_per_chunk": 0}), self.backbone, self.engine.rule)
+            engine = Engine(self.config.override({"run.tasks_per_chunk": 0}), self.algorithm)
             leaves = [tensor.requires_grad_() for tensor in parameters]
             out = engine.meta_loss(dict(zip(self.meta_parameters, leaves, strict=True)), episodes)
             torch.autograd.grad(out.loss, leaves, allow_unused=True, materialize_grads=True)
@@ -260,12 +260,11 @@ class Learner:
         # the checks of a batch of tasks, with the support set in the place of the query set
         episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
         kind = self._statistics_kind(statistics)
-        parameters = {name: tensor.detach() for name, tensor in self.meta_parameters.items()}
         with self._operators():
-            state, given = self.engine.adapted(
-                parameters, episodes.support_x, episodes.support_y, kind, self.running_statistics
+            adaptation = self.engine.adapted(
+                self.meta_parameters, episodes.support_x, episodes.support_y, kind, self.running_statistics
             )
-        return Adapted(self, parameters, state, given, single)
+        return Adapted(self, adaptation, single)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: tensors and plain values only (``weights_only=True`` loads it)."""
@@ -376,19 +375,15 @@ class Adapted:
     """Networks adapted to their support sets; made by :meth:`Learner.adapt`.
 
     Attributes:
-        state: the adapted weights and context parameters, each with a leading task axis.
+        state: the adapted weights and all else that the inner loop carried, each with a leading task axis.
     """
 
-    def __init__(
-        self,
-        learner: Learner,
-        parameters: Mapping[str, Tensor],
-        state: FastState,
-        given: Mapping[str, LayerStatistics] | None,
-        single: bool,
-    ) -> None:
-        self.state = state
-        self._learner, self._parameters, self._given, self._single = learner, parameters, given, single
+    def __init__(self, learner: Learner, adaptation: Adaptation, single: bool) -> None:
+        self._learner, self._adaptation, self._single = learner, adaptation, single
+
+    @property
+    def state(self) -> State:
+        return self._adaptation.state
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Logits ``[Q, N]`` of query images ``[Q, C, H, W]``; ``[T, Q, N]`` of ``[T, Q, C, H, W]`` for several tasks.
@@ -396,7 +391,7 @@ class Adapted:
         Raises:
             ValueError: images of another shape, or of another number of tasks.
         """
-        tasks = next(iter(self.state.weights.values())).shape[0]
+        tasks = len(self._adaptation.support.x)
         wanted = "[Q, C, H, W]" if self._single else f"[{tasks}, Q, C, H, W]"
         if query_x.ndim != 5 - self._single or (not self._single and len(query_x) != tasks):
             raise ValueError(f"query_x must be {wanted} as support_x was, got {list(query_x.shape)}")
@@ -407,8 +402,8 @@ class Adapted:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits ``[T, Q, N]`` of images ``[T, Q, C, H, W]`` on the learner's device and in its precision."""
-        with self._learner._operators(), torch.no_grad():
-            return self._learner.engine.query_logits(self._parameters, self.state, x, self._given)
+        with self._learner._operators():
+            return self._learner.engine.answer(self._adaptation, x)
 
 
 def _device(name: str) -> torch.device:

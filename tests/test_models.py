@@ -5,7 +5,8 @@ import torch
 from helpers import config_of
 from torch import Tensor
 
-from cxgrad_fast.models import build_backbone
+from cxgrad_fast.algorithms import Algorithm, build_algorithm
+from cxgrad_fast.models import Network, build_backbone
 
 
 @pytest.mark.parametrize(
@@ -18,11 +19,14 @@ from cxgrad_fast.models import build_backbone
     ],
 )
 def test_shapes(overrides: dict[str, object], features: int, scaled: int) -> None:
-    backbone = build_backbone(config_of().override(overrides))
-    assert backbone.shapes["head.weight"] == (5, features)
-    assert len(backbone.scaled) == scaled
-    assert all(backbone.shapes[name][2:] == (3, 3) for name in backbone.scaled)
-    assert set(backbone.adapted) == {name for name in backbone.shapes if ".norm." not in name}
+    config = config_of().override(overrides)
+    algorithm = build_algorithm(config, build_backbone(config.model))
+    shapes = {name: parameter.shape for name, parameter in algorithm.declared.items()}
+    assert shapes["head.weight"] == (5, features)
+    assert algorithm.backbone.width == features
+    assert len(algorithm.backbone.scaled) == scaled
+    assert all(shapes[name][2:] == (3, 3) for name in algorithm.backbone.scaled)
+    assert set(algorithm.adapted) == {name for name in shapes if ".norm." not in name and "scaler" not in name}
 
 
 @pytest.mark.parametrize(
@@ -49,29 +53,29 @@ def test_resnet12_sizes(pool_last: bool, padding: str, sizes: list[int], monkeyp
         model__pool_last=pool_last,
         model__pool_padding=padding,
     )
-    backbone = build_backbone(config)
-    parameters = {
-        name: tensor.double()[None] for name, tensor in backbone.initial(torch.Generator().manual_seed(0)).items()
+    backbone = build_backbone(config.model)
+    g = torch.Generator().manual_seed(0)
+    weights = {
+        name: declared.initial(g, declared.shape).double()[None] for name, declared in backbone.parameters.items()
     }
-    x = torch.rand(1, 2, 3, 84, 84, dtype=torch.float64)
-    output = backbone.forward(parameters, x, torch.full((1, 12), 1e-5, dtype=torch.float64), collect=True)
-    assert output.logits.shape == (1, 2, 5)
+    net = Network(config.model, weights, collect=True)
+    assert backbone.features(net, torch.rand(1, 2, 3, 84, 84, dtype=torch.float64)).shape == (1, 2, 16)
     assert [seen[0], *seen[1::2]] == sizes
-    assert set(output.statistics) == set(backbone.convolutions)
+    assert set(net.statistics) == set(backbone.convolutions)
     assert len(backbone.convolutions) == 16
 
 
 def test_initial_weights_are_the_released_programs() -> None:
     """Xavier-uniform bounds, zero head bias, identity norms, and one stream in the network's order."""
     config = config_of(model__filters=32)
-    backbone = build_backbone(config)
-    first = backbone.initial(torch.Generator().manual_seed(5))
+    algorithm = Algorithm(config, build_backbone(config.model))
+    first = algorithm.initial(torch.Generator().manual_seed(5))
     torch.manual_seed(5)
-    for name in backbone.adapted:
+    for name in algorithm.adapted:
         if name == "head.bias":
             assert not first[name].any()
             continue
-        expected = torch.nn.init.xavier_uniform_(torch.empty(backbone.shapes[name]))
+        expected = torch.nn.init.xavier_uniform_(torch.empty(first[name].shape))
         assert torch.equal(first[name], expected), name
     assert all((first[name] == 1).all() for name in first if name.endswith("norm.weight"))
     assert all((first[name] == 0).all() for name in first if name.endswith("norm.bias"))

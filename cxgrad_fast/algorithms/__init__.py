@@ -1,15 +1,16 @@
-"""Inner-loop rules, one file each."""
+"""Algorithms, one file each."""
 
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, Images, Output, State, Support
 from cxgrad_fast.algorithms.cxgrad import CxGrad
 from cxgrad_fast.algorithms.maml import MAML
-from cxgrad_fast.algorithms.rule import FastState, InnerLoop, Support
 from cxgrad_fast.config import Config
 from cxgrad_fast.models import Backbone
 
-__all__ = ["MAML", "CxGrad", "FastState", "InnerLoop", "Support", "build_inner_loop"]
+__all__ = ["ALGORITHMS", "Algorithm", "Found", "Images", "Output", "State", "Support", "build_algorithm"]
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"cxgrad": CxGrad, "maml": MAML}
 
 
-def build_inner_loop(config: Config, backbone: Backbone) -> InnerLoop:
-    """The inner-loop rule that ``config.inner.algorithm`` names."""
-    rule = {"cxgrad": CxGrad, "maml": MAML}[config.inner.algorithm]
-    return rule(config, backbone)
+def build_algorithm(config: Config, backbone: Backbone) -> Algorithm:
+    """The algorithm that ``config.inner.algorithm`` names, on a backbone."""
+    return ALGORITHMS[config.inner.algorithm](config, backbone)

@@ -11,13 +11,14 @@ from cxgrad_fast.engine.distributed import (
     join_ranks,
 )
 from cxgrad_fast.engine.memory import MemoryPlan
-from cxgrad_fast.engine.meta_loss import Engine, MetaLoss
+from cxgrad_fast.engine.meta_loss import Adaptation, Engine, MetaLoss
 from cxgrad_fast.engine.prediction import predictions_of
 from cxgrad_fast.engine.static import Gradients, StaticGradients
 from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics, is_finite
 
 __all__ = [
     "ALONE",
+    "Adaptation",
     "CapturedStep",
     "CudaGraphs",
     "Engine",

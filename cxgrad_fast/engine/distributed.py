@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine.meta_loss import MetaLoss
-from cxgrad_fast.engine.static import Gradients, pack, shape_of, tensors_of, unpack
+from cxgrad_fast.engine.static import Gradients, shape_of, tensors_of
 from cxgrad_fast.episodes import Episodes
 
 T = TypeVar("T")
@@ -339,16 +339,16 @@ class SharedGradients:
             like = self._like(out if self._share else None, episodes)
         if not self._share:
             device = parameters[0].device
-            out = unpack([tensor.to(device) for tensor in pack(like)], like)
+            out = like.with_tensors([tensor.to(device) for tensor in like.tensors()])
             found = [torch.zeros_like(tensor) for tensor in parameters]
-        _, logits, support_losses, query_losses, accuracy, *statistics = pack(out)
-        rows = self._ranks.rows([logits, support_losses, query_losses], self._own, self._tasks)
-        means = [value * self._share for value in (accuracy, *statistics)]
+        rows = self._ranks.rows(list(out.rows().values()), self._own, self._tasks)
+        means = [value * self._share for value in out.means()]
         weighted = found if self._weight == 1 else torch._foreach_mul(list(found), self._weight)
         sums = self._ranks.total([*rows, *means, *weighted])
-        logits, support_losses, losses, *sums = sums
-        loss = losses.mean() if self._reduction == "mean" else losses.sum()
-        return unpack([loss, logits, support_losses, losses, *sums[: len(means)]], out), sums[len(means) :]
+        whole = dict(zip(MetaLoss.ROWS, sums, strict=False))
+        sums = sums[len(rows) :]
+        joined = MetaLoss.reduced(self._reduction, whole, sums[: len(means)], out.statistics)
+        return joined, sums[len(means) :]
 
     def _like(self, out: MetaLoss | None, episodes: Episodes) -> MetaLoss:
         """A meta-loss of no task, shaped as rank 0's: a rank without tasks learns from it what it adds zeros to."""
@@ -357,13 +357,10 @@ class SharedGradients:
 
             def empty() -> MetaLoss:
                 assert out is not None  # rank 0 has the first task
-                fixed = replace(
-                    out,
-                    query_logits=out.query_logits[:0],
-                    support_losses=out.support_losses[:0],
-                    query_losses=out.query_losses[:0],
-                )
-                return unpack([torch.zeros_like(tensor, device="cpu") for tensor in pack(fixed)], fixed)
+                count = len(MetaLoss.ROWS)
+                loss, *rest = out.tensors()
+                parts = [loss, *(tensor[:0] for tensor in rest[:count]), *rest[count:]]
+                return out.with_tensors([torch.zeros_like(tensor, device="cpu") for tensor in parts])
 
             self._likes[shape] = self._ranks.from_first(empty)
         return self._likes[shape]

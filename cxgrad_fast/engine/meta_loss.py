@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cxgrad_fast.algorithms import FastState, InnerLoop, Support
-from cxgrad_fast.algorithms.rule import cross_entropy
+from cxgrad_fast.algorithms import Algorithm, Images, Output, State, Support
 from cxgrad_fast.config import Config
 from cxgrad_fast.engine.recompute import recomputed
 from cxgrad_fast.episodes import Episodes
-from cxgrad_fast.kernels import PatchStatistics, patch_statistics
-from cxgrad_fast.models import Backbone, LayerStatistics, Output
+from cxgrad_fast.models import NORM, OWN, LayerStatistics
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class MetaLoss:
     """What a batch of ``T`` tasks gave.
 
     Attributes:
-        loss: scalar, the query losses reduced over tasks (mean, or the paper's sum), differentiable in the
+        loss: scalar, ``objectives`` reduced over tasks (mean, or the paper's sum), differentiable in the
             meta-parameters.
-        query_logits: ``[T, N*Q, N]``.
+        query_logits: ``[T, N*Q, N]``, the scores of the last query pass.
         support_losses: ``[T, passes]``, mean cross-entropy of every pass over the support set, in order; the passes
             that only move the context parameters are among them.
-        query_losses: ``[T]``.
+        query_losses: ``[T]``, of the last query pass.
+        objectives: ``[T]``, what each task adds to the loss; for most algorithms its query loss.
         accuracy: scalar, share of query images classified correctly.
         statistics: mean and variance ``[C]`` of each BatchNorm's input in the query pass, averaged over tasks, by
             convolution; empty for other norms.
@@ -38,21 +39,78 @@ class MetaLoss:
     query_logits: Tensor
     support_losses: Tensor
     query_losses: Tensor
+    objectives: Tensor
     accuracy: Tensor
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
 
+    # the fields of one row a task, and the means over tasks (the statistics are such means too)
+    ROWS: ClassVar = ("query_logits", "support_losses", "query_losses", "objectives")
+    MEANS: ClassVar = ("accuracy",)
+
+    @staticmethod
+    def reduced(reduction: str, rows: Mapping[str, Tensor], means: Sequence[Tensor], layers: Iterable[str]) -> MetaLoss:
+        """The meta-loss of rows by field and means in the order of :meth:`means`.
+
+        Args:
+            reduction: ``mean`` or ``sum`` over the tasks.
+            rows: by field, see :attr:`ROWS`.
+            means: accuracy, and the mean and variance of each of ``layers``.
+            layers: names of the convolutions whose statistics there are.
+        """
+        objectives = rows["objectives"]
+        loss = objectives.mean() if reduction == "mean" else objectives.sum()
+        accuracy, *rest = means
+        return MetaLoss(loss=loss, accuracy=accuracy, statistics=_paired(rest, layers), **rows)
+
+    def rows(self) -> dict[str, Tensor]:
+        """The tensors of one row a task, by field."""
+        return {name: getattr(self, name) for name in self.ROWS}
+
+    def means(self) -> list[Tensor]:
+        """The tensors that are means over the tasks."""
+        return [self.accuracy, *(tensor for pair in self.statistics.values() for tensor in pair)]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order, the loss first."""
+        return [self.loss, *self.rows().values(), *self.means()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> MetaLoss:
+        """The same structure with other tensors, in the order of :meth:`tensors`."""
+        loss, *rest = tensors
+        count = len(self.ROWS)
+        accuracy, *statistics = rest[count:]
+        rows = dict(zip(self.ROWS, rest[:count], strict=True))
+        return MetaLoss(loss=loss, accuracy=accuracy, statistics=_paired(statistics, self.statistics), **rows)
+
     def detach(self) -> MetaLoss:
         """The same numbers without their graph."""
-        return replace(
-            self,
-            loss=self.loss.detach(),
-            query_logits=self.query_logits.detach(),
-            query_losses=self.query_losses.detach(),
-        )
+        return self.with_tensors([tensor.detach() for tensor in self.tensors()])
+
+
+def _paired(tensors: Sequence[Tensor], layers: Iterable[str]) -> dict[str, LayerStatistics]:
+    """Means and variances in turn -> the statistics of layers."""
+    return dict(zip(layers, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Networks that were adapted to the support sets of ``T`` tasks, ready for query images.
+
+    Attributes:
+        state: after the last inner step.
+        shared: the parameters that are not adapted, as :class:`cxgrad_fast.algorithms.Algorithm` takes them.
+        support: the support sets.
+        given: mean and variance ``[T or 1, C]`` that normalise the query pass, by convolution; None: its own images'.
+    """
+
+    state: State
+    shared: Tensors
+    support: Support
+    given: Mapping[str, LayerStatistics] | None
 
 
 class Engine:
-    """Runs an inner-loop rule on a backbone for all tasks of a meta-batch.
+    """Runs an algorithm for all tasks of a meta-batch.
 
     Parameters come and go as ``{name: Tensor}``; the engine itself holds none.
 
@@ -61,8 +119,8 @@ class Engine:
             (:meth:`cxgrad_fast.Learner.plan_memory`).
     """
 
-    def __init__(self, config: Config, backbone: Backbone, rule: InnerLoop) -> None:
-        self.config, self.backbone, self.rule = config, backbone, rule
+    def __init__(self, config: Config, algorithm: Algorithm) -> None:
+        self.config, self.algorithm = config, algorithm
         self.tasks_per_chunk = config.run.tasks_per_chunk
 
     def meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
@@ -76,35 +134,19 @@ class Engine:
             return self._meta_loss(parameters, episodes)
         leaves = [tensor for tensor in parameters.values() if tensor.requires_grad]
         parts: list[MetaLoss] = []
-        sizes: list[int] = []
         total: list[Tensor] = []
         for start in range(0, tasks, chunk):
             part = self._meta_loss(parameters, episodes[start : start + chunk])
-            size = len(part.query_losses)
             if torch.is_grad_enabled():
+                size = len(part.query_losses)
                 share = part.loss * (size / tasks) if self.config.outer.reduction == "mean" else part.loss
                 found = torch.autograd.grad(share, leaves, allow_unused=True, materialize_grads=True)
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
             parts.append(part.detach())
-            sizes.append(size)
-        joined = self._join(parts, sizes)
+        joined = _joined(parts, self.config.outer.reduction)
         if not total:
             return joined
         return replace(joined, loss=_WithGradients.apply(joined.loss, total, *leaves))
-
-    def adapt(self, parameters: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, graph: bool) -> FastState:
-        """The state after all inner steps, for ``support_x`` [T, S, C, H, W] and ``support_y`` [T, S]."""
-        return self._adapt(parameters, self._support(support_x, support_y), graph)[0]
-
-    def query_logits(
-        self,
-        parameters: Mapping[str, Tensor],
-        state: FastState,
-        x: Tensor,
-        given: Mapping[str, LayerStatistics] | None = None,
-    ) -> Tensor:
-        """Logits ``[T, S, N]`` of adapted networks; BatchNorm by the batch itself, or by given statistics."""
-        return self._query(parameters, state, x, given=given).logits
 
     def adapted(
         self,
@@ -113,115 +155,138 @@ class Engine:
         support_y: Tensor,
         statistics: str,
         running: Mapping[str, LayerStatistics],
-    ) -> tuple[FastState, dict[str, LayerStatistics] | None]:
-        """Networks adapted for use, without a graph, and what normalises in them: None is the batch itself.
+    ) -> Adaptation:
+        """Networks adapted to ``support_x`` [T, S, C, H, W] and ``support_y`` [T, S] for use, without a graph.
 
-        With ``statistics = support`` those ``[T, C]`` of the support set under the adapted weights, with ``running``
-        ``running``, means and variances ``[C]`` by convolution.
+        Args:
+            statistics: what normalises the query pass: ``transductive`` the query images themselves, ``support`` the
+                support set under the adapted weights, ``running`` the averages ``running``.
+            running: means and variances ``[C]`` by convolution.
         """
-        parameters = {name: tensor.detach() for name, tensor in parameters.items()}
+        fast, shared = self._split({name: tensor.detach() for name, tensor in parameters.items()}, len(support_x))
+        support = self._support(support_x, support_y)
         with torch.enable_grad():
-            state = self.adapt(parameters, support_x, support_y, graph=False)
+            state, _ = self._adapt(fast, shared, support, graph=False)
         state = state.with_tensors([tensor.detach() for tensor in state.tensors()])
+        given: Mapping[str, LayerStatistics] | None = None
         if statistics == "running":
-            return state, {name: (mean[None], variance[None]) for name, (mean, variance) in running.items()}
-        if statistics == "support":
+            given = {name: (mean[None], variance[None]) for name, (mean, variance) in running.items()}
+        elif statistics == "support":
             with torch.no_grad():
-                return state, self._query(parameters, state, support_x, collect=True).statistics
-        return state, None
+                given = self._predict(state, shared, support, support, collect=True).statistics
+        return Adaptation(state, shared, support, given)
+
+    def answer(self, adaptation: Adaptation, x: Tensor) -> Tensor:
+        """Scores ``[T, Q, N]`` of query images ``x`` [T, Q, C, H, W], without a graph."""
+        given = adaptation.given
+        query = self._images(x) if given is None else Images(x, {})
+        with torch.no_grad():
+            return self._predict(adaptation.state, adaptation.shared, adaptation.support, query, given=given).scores
 
     def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
         graph = self.config.inner.order == 2 and torch.is_grad_enabled()
+        support, query = self._support(episodes.support_x, episodes.support_y), self._images(episodes.query_x)
+        fast, shared = self._split(parameters, len(episodes))
         with torch.enable_grad():  # the inner loop needs gradients whatever the caller does
-            state, trace = self._adapt(parameters, self._support(episodes.support_x, episodes.support_y), graph)
-        x = episodes.query_x
-        output = self._query(parameters, state, x, collect=self.config.model.norm == "batch")
-        losses = cross_entropy(output.logits, episodes.query_y)
-        return MetaLoss(
-            loss=losses.mean() if self.config.outer.reduction == "mean" else losses.sum(),
-            query_logits=output.logits,
-            support_losses=torch.stack(trace, 1) if trace else losses.new_zeros(len(losses), 0),
-            query_losses=losses,
-            accuracy=(output.logits.detach().argmax(2) == episodes.query_y).to(losses.dtype).mean(),
-            statistics={
-                name: (mean.detach().mean(0), variance.detach().mean(0))
-                for name, (mean, variance) in output.statistics.items()
+            state, trace = self._adapt(fast, shared, support, graph)
+        output = self._predict(state, shared, support, query, collect=self.config.model.norm == "batch")
+        losses = self.algorithm.losses(output.scores, episodes.query_y)
+        return MetaLoss.reduced(
+            self.config.outer.reduction,
+            {
+                "query_logits": output.scores,
+                "support_losses": torch.stack(trace, 1) if trace else losses.new_zeros(len(losses), 0),
+                "query_losses": losses,
+                "objectives": losses,
             },
+            [
+                (output.scores.detach().argmax(2) == episodes.query_y).to(losses.dtype).mean(),
+                *(tensor.detach().mean(0) for pair in output.statistics.values() for tensor in pair),
+            ],
+            output.statistics,
         )
 
-    def _adapt(self, parameters: Mapping[str, Tensor], support: Support, graph: bool) -> tuple[FastState, list[Tensor]]:
+    def _adapt(
+        self, fast: Tensors, shared: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[State, list[Tensor]]:
         """All inner steps: the state, and the detached support losses ``[T]`` of every pass."""
-        tasks = len(support.x)
-        weights = {name: _per_task(parameters[name], tasks) for name in self.backbone.adapted}
-        meta = self._meta(parameters)
-        state, trace = self.rule.start(weights, meta, support, graph)
-        step = self._recomputed_step if graph and self.config.run.recompute else self.rule.step
-        for _ in range(self.config.inner.steps):
-            state, losses = step(state, meta, support, graph)
+        state, trace = self.algorithm.start(fast, shared, support, graph)
+        step = self._recomputed_step if graph and self.config.run.recompute else self._step
+        for k in range(self.config.inner.steps):
+            state, losses = step(state, k, shared, support, graph)
             trace += losses
         return state, [losses.detach() for losses in trace]
 
+    def _step(
+        self, state: State, k: int, shared: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[State, list[Tensor]]:
+        """The state after one more step, and the support losses ``[T]`` of the passes that this took."""
+        found = self.algorithm.gradients(state, k, shared, support, graph)
+        return self.algorithm.move(state, k, found, shared, graph), found.losses
+
     def _recomputed_step(
-        self, state: FastState, meta: Mapping[str, Tensor], support: Support, graph: bool
-    ) -> tuple[FastState, list[Tensor]]:
-        names, count = list(meta), len(state.tensors())
+        self, state: State, k: int, shared: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[State, list[Tensor]]:
+        names, count = list(shared), len(state.tensors())
+        after = state
 
         def step(inputs: Sequence[Tensor], graph: bool) -> list[Tensor]:
+            nonlocal after
             inner = dict(zip(names, inputs[count:], strict=True))
-            after, losses = self.rule.step(state.with_tensors(inputs[:count]), inner, support, graph)
+            after, losses = self._step(state.with_tensors(inputs[:count]), k, inner, support, graph)
             return [*after.tensors(), *losses]
 
-        outputs = recomputed(step, [*state.tensors(), *meta.values()])
-        return state.with_tensors(outputs[:count]), list(outputs[count:])
+        outputs = recomputed(step, [*state.tensors(), *shared.values()])
+        like = after  # only its structure is used
+        return like.with_tensors(outputs[: len(like.tensors())]), list(outputs[len(like.tensors()) :])
 
-    def _query(
+    def _predict(
         self,
-        parameters: Mapping[str, Tensor],
-        state: FastState,
-        x: Tensor,
+        state: State,
+        shared: Mapping[str, Tensor],
+        support: Support,
+        query: Images,
         given: Mapping[str, LayerStatistics] | None = None,
         collect: bool = False,
     ) -> Output:
         """A pass with the adapted weights as they are: the query pass is not scaled again (released program)."""
-        weights = {**self._meta(parameters), **state.weights}
-        patches = self._patches(x) if given is None else None
-        return self.backbone.forward(weights, x, self.rule.norm_eps, patches=patches, given=given, collect=collect)
+        steps = self.config.inner.steps
+        return self.algorithm.predict(state, steps, shared, support, query, given=given, collect=collect)
 
-    def _meta(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that the inner loop does not move; those of norms get their task axis."""
-        adapted = set(self.backbone.adapted)
-        return {
-            name: tensor[None] if name in self.backbone.shapes else tensor
-            for name, tensor in parameters.items()
-            if name not in adapted
-        }
+    def _split(self, parameters: Mapping[str, Tensor], tasks: int) -> tuple[Tensors, Tensors]:
+        """The tasks' own start ``[T, ...]``, and the parameters that are not adapted, with the axis that they need.
+
+        A gradient at an expanded start is one a task.
+        """
+        algorithm = self.algorithm
+        fast = {name: parameters[name].expand(tasks, *parameters[name].shape) for name in algorithm.adapted}
+        shared = {}
+        for name, declared in algorithm.declared.items():
+            tensor = parameters[name]
+            if declared.role == NORM:
+                tensor = tensor[None]
+            elif declared.role != OWN:
+                tensor = tensor.expand(tasks, *tensor.shape)
+            if name not in fast:
+                shared[name] = tensor
+        return fast, shared
 
     def _support(self, x: Tensor, y: Tensor) -> Support:
-        return Support(x, y, self._patches(x))
+        return Support(x, self.algorithm.backbone.patches(x), y)
 
-    def _patches(self, x: Tensor) -> PatchStatistics | None:
-        """With them the first layer is one pass over the images, which pays even where they are seen once."""
-        return patch_statistics(x) if self.backbone.first_layer_patches and not x.requires_grad else None
+    def _images(self, x: Tensor) -> Images:
+        return Images(x, self.algorithm.backbone.patches(x))
 
-    def _join(self, parts: Sequence[MetaLoss], sizes: Sequence[int]) -> MetaLoss:
-        """The results of all chunks as those of one batch."""
-        shares = [size / sum(sizes) for size in sizes]
 
-        def mean(values: Sequence[Tensor]) -> Tensor:
-            return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(0)
-
-        losses = torch.cat([part.query_losses for part in parts])
-        return MetaLoss(
-            loss=losses.mean() if self.config.outer.reduction == "mean" else losses.sum(),
-            query_logits=torch.cat([part.query_logits for part in parts]),
-            support_losses=torch.cat([part.support_losses for part in parts]),
-            query_losses=losses,
-            accuracy=mean([part.accuracy for part in parts]),
-            statistics={
-                name: (mean([p.statistics[name][0] for p in parts]), mean([p.statistics[name][1] for p in parts]))
-                for name in parts[0].statistics
-            },
-        )
+def _joined(parts: Sequence[MetaLoss], reduction: str) -> MetaLoss:
+    """The results of all chunks as those of one batch."""
+    sizes = [len(part.query_losses) for part in parts]
+    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in MetaLoss.ROWS}
+    means = [
+        torch.stack([value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]).sum(0)
+        for values in zip(*(part.means() for part in parts), strict=True)
+    ]
+    return MetaLoss.reduced(reduction, rows, means, parts[0].statistics)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -236,8 +301,3 @@ class _WithGradients(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(cotangent * gradient for gradient in ctx.gradients)
-
-
-def _per_task(parameter: Tensor, tasks: int) -> Tensor:
-    """A meta-parameter as the tasks' own start, ``[T, ...]``: a gradient at it is one a task."""
-    return parameter.expand(tasks, *parameter.shape)

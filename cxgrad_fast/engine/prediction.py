@@ -67,9 +67,8 @@ class Predictions:
             parameters = dict(zip(names, given, strict=False))
             pairs = zip(given[len(names) :: 2], given[len(names) + 1 :: 2], strict=True)
             running = dict(zip(layers, pairs, strict=True))
-            state, normalising = self._engine.adapted(parameters, support_x, support_y, statistics, running)
-            with torch.no_grad():
-                return [self._engine.query_logits(parameters, state, query_x, normalising)]
+            adaptation = self._engine.adapted(parameters, support_x, support_y, statistics, running)
+            return [self._engine.answer(adaptation, query_x)]
 
         return function
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -143,12 +143,12 @@ class StaticGradients:
         results = self.static(*parameters, *tensors_of(episodes))
         assert self._like is not None  # the function has run at least once, to be traced
         count = len(results) - len(parameters)
-        return unpack(results[:count], self._like), results[count:]
+        return self._like.with_tensors(results[:count]), results[count:]
 
     def _function(self, *tensors: Tensor) -> list[Tensor]:
         out, gradients = self._uncompiled(tensors[: self._parameters], Episodes(*tensors[self._parameters :]))
         self._like = out
-        return [*pack(out), *gradients]
+        return [*out.tensors(), *gradients]
 
 
 def tensors_of(episodes: Episodes) -> list[Tensor]:
@@ -159,24 +159,3 @@ def tensors_of(episodes: Episodes) -> list[Tensor]:
 def shape_of(tensors: Sequence[Tensor]) -> Shape:
     """All that a program is made for."""
     return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
-
-
-def pack(out: MetaLoss) -> list[Tensor]:
-    """The tensors of a meta-loss, the loss first."""
-    fixed = [out.loss, out.query_logits, out.support_losses, out.query_losses, out.accuracy]
-    return [*fixed, *(tensor for pair in out.statistics.values() for tensor in pair)]
-
-
-def unpack(tensors: Sequence[Tensor], like: MetaLoss) -> MetaLoss:
-    """The meta-loss of such tensors, its layers named as those of ``like``."""
-    loss, logits, support_losses, query_losses, accuracy, *rest = tensors
-    statistics = {name: (rest[2 * index], rest[2 * index + 1]) for index, name in enumerate(like.statistics)}
-    return replace(
-        like,
-        loss=loss,
-        query_logits=logits,
-        support_losses=support_losses,
-        query_losses=query_losses,
-        accuracy=accuracy,
-        statistics=statistics,
-    )

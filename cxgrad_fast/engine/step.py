@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cxgrad_fast.engine.captured import Captured, CaptureError, Graphs, Packed
 from cxgrad_fast.engine.meta_loss import MetaLoss
-from cxgrad_fast.engine.static import Gradients, pack, shape_of, tensors_of, to_stderr, unpack
+from cxgrad_fast.engine.static import Gradients, shape_of, tensors_of, to_stderr
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.models import LayerStatistics
 
@@ -74,7 +74,7 @@ class Pending:
     def on_host(self) -> MetaLoss:
         """As :meth:`result`, in the host's memory."""
         out = self.result()
-        return unpack([tensor.cpu() for tensor in pack(out)], out)
+        return out.with_tensors([tensor.cpu() for tensor in out.tensors()])
 
 
 class CapturedStep:
@@ -141,7 +141,7 @@ class CapturedStep:
             self._optimizer.zero_grad()
             self._statistics.add(out.statistics, unless=self._bad)
             likes[:] = [out]
-            return [Packed.pack([*pack(out), finite, self._bad])]
+            return [Packed.pack([*out.tensors(), finite, self._bad])]
 
         began = time.perf_counter()
         self._set_rates()
@@ -152,7 +152,7 @@ class CapturedStep:
             return None
         self._report(f"meta-step captured{again} in {time.perf_counter() - began:.1f} s: one graph")
         out = likes[0]
-        return captured, out, Packed([*pack(out), self._bad, self._bad])
+        return captured, out, Packed([*out.tensors(), self._bad, self._bad])
 
     @contextmanager
     def _told_by_the_device(self) -> Iterator[None]:
@@ -210,4 +210,4 @@ class _PendingReplay(Pending):
             raise NonFiniteLossError(bool(self._host[0].isfinite()), bool(self._host[-2]))
 
     def _made_of(self, values: Tensor) -> MetaLoss:
-        return unpack(self._packed.unpack(values)[:-2], self._like)
+        return self._like.with_tensors(self._packed.unpack(values)[:-2])

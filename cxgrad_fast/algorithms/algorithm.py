@@ -1,0 +1,200 @@
+"""What an algorithm is: from meta-parameters to predictions, all tasks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cxgrad_fast.config import Config
+from cxgrad_fast.kernels import PatchStatistics
+from cxgrad_fast.models import NORM, OWN, Backbone, LayerStatistics, Network, Parameter, linear_head
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images ``x`` [T, S, C, H, W] of ``T`` tasks, and the patch statistics of them that the backbone can use."""
+
+    x: Tensor
+    patches: Mapping[str, PatchStatistics]
+
+
+@dataclass(frozen=True)
+class Support(Images):
+    """The support sets: images and their labels ``y`` [T, S]."""
+
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What the inner loop carries from step to step.
+
+    Attributes:
+        fast: the adapted parameters, name -> ``[T, ...]``.
+        carried: all else that a step needs from the one before it, name -> ``[T, ...]``: CxGrad's context parameters.
+    """
+
+    fast: Tensors
+    carried: Tensors = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order: ``fast``, then ``carried``."""
+        return [*self.fast.values(), *self.carried.values()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> State:
+        """The same structure with other tensors, in the order of :meth:`tensors`."""
+        count = len(self.fast)
+        fast = dict(zip(self.fast, tensors[:count], strict=True))
+        return State(fast, dict(zip(self.carried, tensors[count:], strict=True)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the passes of one inner step found.
+
+    Attributes:
+        weights: the fast weights that the network ran on, ``[T, ...]``: the state's, or CxGrad's scaled ones.
+        gradients: of the support loss in ``weights``, by name.
+        losses: support losses ``[T]`` of the step's passes, in order.
+        extra: what :meth:`Algorithm.move` needs again.
+    """
+
+    weights: Tensors
+    gradients: Tensors
+    losses: list[Tensor]
+    extra: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one pass gives.
+
+    Attributes:
+        scores: ``[T, S, N]``, the largest for the predicted class.
+        statistics: mean and variance ``[T, C]`` of each BatchNorm's input, by convolution; when asked for.
+    """
+
+    scores: Tensor
+    statistics: dict[str, LayerStatistics]
+
+
+class Algorithm:
+    """A few-shot learning algorithm. The methods are the places where algorithms differ; each has the common default.
+
+    The first axis of every tensor of a task is the task; nothing depends on values, so that a step can be traced.
+    ``shared`` holds the meta-parameters that are not adapted, ready for the network: convolutions, biases and heads
+    ``[T, ...]``, norms ``[1, ...]``, and the algorithm's own as they are. ``k`` counts the inner steps from 0.
+    ``graph`` says whether the inner gradients stay differentiable (second-order meta-gradients).
+
+    Args:
+        config: reads ``inner``, ``model`` and ``task.ways``.
+        backbone: the network below the head.
+
+    Attributes:
+        declared: name -> :class:`Parameter`, of all meta-parameters.
+        adapted: names of those that the inner loop moves.
+    """
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        self.config, self.model, self.ways = config.inner, config.model, config.task.ways
+        self.backbone = backbone
+        self.declared = self.parameters()
+        self.adapted = tuple(name for name, parameter in self.declared.items() if self.adapts(name, parameter))
+
+    def initial(self, generator: torch.Generator) -> Tensors:
+        """Fresh meta-parameters in float32, drawn in the order of :attr:`declared`."""
+        return {name: parameter.initial(generator, parameter.shape) for name, parameter in self.declared.items()}
+
+    def parameters(self) -> dict[str, Parameter]:
+        """All meta-parameters, in the order of initialisation: the backbone's and a linear head."""
+        return self.backbone.parameters | linear_head(self.backbone.width, self.ways)
+
+    def adapts(self, name: str, parameter: Parameter) -> bool:
+        """Whether the inner loop moves a parameter: all but norms and the algorithm's own."""
+        return parameter.role not in (NORM, OWN)
+
+    def network(
+        self,
+        state: State,
+        k: int,
+        shared: Mapping[str, Tensor],
+        images: Images,
+        *,
+        eps: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, LayerStatistics] | None = None,
+        collect: bool = False,
+    ) -> Network:
+        """The network under the weights of ``state``, for a pass over ``images``; other arguments: :class:`Network`."""
+        patches = images.patches if given is None else None
+        weights = {**shared, **state.fast}
+        return Network(self.model, weights, eps=eps, patches=patches, given=given, collect=collect)
+
+    def scores(self, net: Network, images: Images) -> Tensor:
+        """Scores ``[T, S, N]`` of images: the linear head's logits."""
+        return net.linear("head", self.backbone.features(net, images.x))
+
+    def start(
+        self, fast: Tensors, shared: Mapping[str, Tensor], support: Support, graph: bool
+    ) -> tuple[State, list[Tensor]]:
+        """The state before the first step, and the support losses ``[T]`` of the passes that this took."""
+        return State(fast), []
+
+    def gradients(self, state: State, k: int, shared: Mapping[str, Tensor], support: Support, graph: bool) -> Found:
+        """The gradients of the support loss in the fast weights."""
+        points = dict(zip(state.fast, cut(list(state.fast.values()), graph), strict=True))
+        net = self.network(replace(state, fast=points), k, shared, support)
+        losses = self.losses(self.scores(net, support), support.y)
+        return Found(state.fast, gradients_of(losses, points, graph), [losses])
+
+    def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:
+        """The state after the step whose passes found ``found``."""
+        raise NotImplementedError
+
+    def predict(
+        self,
+        state: State,
+        k: int,
+        shared: Mapping[str, Tensor],
+        support: Support,
+        query: Images,
+        *,
+        given: Mapping[str, LayerStatistics] | None = None,
+        collect: bool = False,
+    ) -> Output:
+        """The scores of query images after ``k`` steps; ``given`` and ``collect`` as for :class:`Network`."""
+        net = self.network(state, k, shared, query, given=given, collect=collect)
+        return Output(self.scores(net, query), net.statistics)
+
+    def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each task, ``[T]``: mean cross-entropy over its images."""
+        return cross_entropy(scores, labels)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the images of each task: ``logits`` [T, S, N], ``labels`` [T, S] -> [T]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), reduction="none")
+    return losses.view(labels.shape).mean(1)
+
+
+def cut(tensors: Sequence[Tensor], graph: bool) -> list[Tensor]:
+    """The points at which a pass takes its gradients.
+
+    While a graph is kept they are aliases, so that the gradient is the partial one: where nu itself came from the
+    weights (``initial_context_order = 2``), a gradient at the weights would run through nu too. Otherwise they are
+    leaves: behind a leaf nothing is recorded, so that a first-order pass gives its memory back at once.
+    """
+    return [t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+
+def gradients_of(losses: Tensor, points: Mapping[str, Tensor], graph: bool) -> Tensors:
+    """dL/dpoint of each task's loss ``[T]``, by name; zero where a loss does not depend on a point."""
+    found = torch.autograd.grad(
+        losses.sum(), list(points.values()), create_graph=graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(points, found, strict=True))
