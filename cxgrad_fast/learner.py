@@ -107,7 +107,8 @@ class Learner:
     def _captured_step(self, graphs: Graphs) -> CapturedStep:
         parameters = list(self.meta_parameters.values())
         gradients = partial(self._sharing, self._loss_and_gradients)
-        return CapturedStep(parameters, self.optimizer, gradients, self._statistics, graphs)
+        patience = self._ranks.timeout if self._ranks.size > 1 else None
+        return CapturedStep(parameters, self.optimizer, gradients, self._statistics, graphs, patience=patience)
 
     @property
     def running_statistics(self) -> dict[str, LayerStatistics]:
@@ -196,7 +197,7 @@ class Learner:
         """As :meth:`meta_step`, without waiting for its end where the step is captured (``run.compile`` on CUDA).
 
         Raises:
-            NonFiniteLossError: as :meth:`meta_step`, here or from the result.
+            NonFiniteLossError, RankLostError: as :meth:`meta_step`, here or from the result.
             ValueError: as :meth:`meta_loss`.
         """
         has_work = self._sharing.has_work(episodes)

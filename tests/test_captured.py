@@ -15,6 +15,7 @@ from cxgrad_fast import Config, Episodes, Learner
 from cxgrad_fast.engine.captured import Captured, CaptureError, CudaGraphs, Packed, Waits
 from cxgrad_fast.learner import NonFiniteLossError
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 RATE = 2**-10  # a captured learning rate is a float32
 
 
@@ -24,6 +25,7 @@ class Rerun:
     def __init__(self, warm_ups: int = CudaGraphs.WARM_UPS, may_wait: bool = False) -> None:
         self.warm_ups, self.may_wait = warm_ups, may_wait
         self.recorded = 0
+        self.recording = False
 
     def warm_up(self, function: Callable[[], Sequence[Tensor]]) -> None:
         for _ in range(self.warm_ups):
@@ -31,8 +33,12 @@ class Rerun:
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
         self.recorded += 1
-        with Waits() as waits:
-            function()
+        self.recording = True
+        try:
+            with Waits() as waits:
+                function()
+        finally:
+            self.recording = False
         if waits.found and not self.may_wait:
             raise RuntimeError("operation not permitted when stream is capturing")
         results = [tensor.clone() for tensor in function()]
@@ -134,6 +140,22 @@ def test_a_checkpoint_of_another_device_keeps_this_one_s_optimizer() -> None:
     assert there.optimizer.param_groups[0]["fused"] is True
 
 
+def test_adam_says_nothing_of_steps_outside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a graph can hold may warn there, which is an error in these tests: uncompiled steps, and warming up."""
+    learner = fused(Learner(config_of()))
+    for group in learner.optimizer.param_groups:
+        group["capturable"] = True
+    learner._adam["capturable"] = True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        for parameter in learner.meta_parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        learner.optimizer.step()
+        learner.load_state_dict(learner.state_dict())
+        assert learner.optimizer.param_groups[0]["capturable"]
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_stops_those_after_it() -> None:
     config = config_of(inner__steps=1, model__image_size=16)
     captured, plain, _ = pair(config)
@@ -176,6 +198,26 @@ def test_what_cannot_be_captured_is_named_and_runs_uncompiled() -> None:
     (message,) = told
     assert message.startswith("the meta-step cannot be captured, going on without: operation not permitted when stream")
     assert "_local_scalar_dense reads a value" in message
+
+
+def test_a_graph_that_a_caller_keeps_is_not_in_the_way() -> None:
+    """On a device its nodes belong to the caller's stream; here they tell when a recording comes upon one."""
+    config = config_of(inner__steps=1, model__image_size=16)
+    graphs = Rerun(warm_ups=1)
+    captured, plain, told = pair(config, graphs)
+
+    def refuse(gradient: Tensor) -> None:
+        if graphs.recording:
+            raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
+
+    episodes = random_episodes(config)
+    out = captured.meta_loss(episodes)
+    for parameter in captured.meta_parameters.values():
+        parameter.register_hook(refuse)
+    step_both(captured, plain, episodes)
+    assert captured._captured is not None, told
+    assert_same(captured, plain)
+    assert out.loss.requires_grad
 
 
 def test_the_engine_waits_for_nothing() -> None:
@@ -229,7 +271,10 @@ def test_packed_keeps_shapes_and_types() -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# --- on a device ---
+
+
+@GPU
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_on_cuda_it_is_one_graph_with_the_uncompiled_numbers(precision: str) -> None:
     config = config_of(run__device="cuda", run__precision=precision)

@@ -8,6 +8,7 @@ by a value: a step that is not finite is found and left out by the device itself
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,19 +51,43 @@ class CudaGraphs:
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(self.WARM_UPS):
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(self.WARM_UPS):
+                        function()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)  # what comes next reads what this wrote
 
     def record(self, function: Function) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """One graph of all launches of ``function``."""
+        """One graph of all launches of ``function``.
+
+        Where it fails, stream and allocator are left as they were found, so far as torch lets them: its allocator of
+        pinned memory stays in the capture.
+        """
+        gc.collect()  # autograd's graphs in garbage hold nodes of the stream that they were made on
         with torch.cuda.device(self._device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                results = function()
-            self._pool = graph.pool()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool):
+                    results = function()
+            except BaseException:
+                # torch.cuda.graph raises where it ends a capture that is broken already, and leaves both behind
+                torch.cuda.set_stream(stream)
+                _leave_pool(self._pool)
+                self._pool = None  # the allocator opens no pool again that nothing uses
+                raise
         return graph.replay, results
+
+
+def _leave_pool(pool: Any) -> None:
+    """Make the current device's allocator leave the pool of a broken capture, if it is still in it."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the capture ended, and then something else failed
+        return
+    torch._C._cuda_releasePool(device, pool)
 
 
 class Captured:

@@ -60,6 +60,7 @@ class Ranks:
         local_size: how many there are on its machine.
         store: where they leave notes for each other, whoever still lives.
         patient: a group that waits long.
+        timeout: a rank that a step waits longer for counts as lost.
     """
 
     rank: int = 0
@@ -68,6 +69,7 @@ class Ranks:
     local_size: int = 1
     store: Any = field(default=None, repr=False, compare=False)
     patient: Any = field(default=None, repr=False, compare=False)
+    timeout: timedelta = field(default=TIMEOUT, repr=False, compare=False)
     _words: _Words = field(default_factory=_Words, repr=False, compare=False)
 
     @property
@@ -282,7 +284,7 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Ranks:
     except RuntimeError as error:
         raise RankLostError(" ".join(str(error).split())) from error
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    return Ranks(rank, size, local_rank, local_size, store, patient)
+    return Ranks(rank, size, local_rank, local_size, store, patient, timeout)
 
 
 class SharedGradients:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 from cxgrad_fast.engine.captured import Captured, CaptureError, Graphs, Packed
+from cxgrad_fast.engine.distributed import RankLostError
 from cxgrad_fast.engine.meta_loss import MetaLoss
 from cxgrad_fast.engine.static import Gradients, shape_of, tensors_of, to_stderr
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.models import LayerStatistics
 
 STATISTICS_MOMENTUM = 0.01  # of the running BatchNorm statistics: about the last hundred meta-steps
+
+_PAUSES = (5e-5, 1e-3)  # seconds between two looks at the device: the first, which is doubled up to the last
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -68,6 +72,8 @@ class Pending:
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite. The step changed nothing, nor did any that was
                 started after it.
+            RankLostError: it waits for another rank for too long. Neither it nor any that was started after it will
+                change anything.
         """
         return self._out
 
@@ -87,6 +93,8 @@ class CapturedStep:
         statistics: what the steps' BatchNorm statistics go to.
         graphs: what records.
         report: told what is captured, and what cannot be.
+        patience: how long the host waits for a step that is under way; None: until it is done. A graph with an
+            all-reduce in it never ends where another rank is lost, and nothing but the host's clock tells.
     """
 
     def __init__(
@@ -97,11 +105,13 @@ class CapturedStep:
         statistics: RunningStatistics,
         graphs: Graphs,
         report: Callable[[str], None] = to_stderr,
+        patience: timedelta | None = None,
     ) -> None:
         self._parameters, self._optimizer, self._gradients = list(parameters), optimizer, gradients
         self._statistics, self._graphs, self._report = statistics, graphs, report
         device = self._parameters[0].device
         self._bad = torch.zeros((), device=device)  # once it is 1, steps change nothing until the host has seen it
+        self._waiting = _Waiting(patience, self._bad)
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._rates_held: list[float] = []
         self._programs: dict[object, tuple[Captured, MetaLoss, Packed] | None] = {}
@@ -117,7 +127,7 @@ class CapturedStep:
         captured, like, packed = program
         self._set_rates()
         (values,) = captured(*tensors_of(episodes))
-        return _PendingReplay(values.clone(), like, packed, self._bad)
+        return _PendingReplay(values.clone(), like, packed, self._bad, self._waiting)
 
     def _set_rates(self) -> None:
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -131,7 +141,10 @@ class CapturedStep:
         likes: list[MetaLoss] = []
 
         def step(*tensors: Tensor) -> list[Tensor]:
-            out, gradients = self._gradients(self._parameters, Episodes(*tensors))
+            # of aliases: a graph over the parameters that a caller keeps holds their accumulators, nodes of the stream
+            # that it was made on, and a capture that meets another stream fails
+            leaves = [parameter.detach().requires_grad_() for parameter in self._parameters]
+            out, gradients = self._gradients(leaves, Episodes(*tensors))
             finite = is_finite(out, gradients)
             self._bad.copy_(torch.where(finite, self._bad, 1.0))
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -180,11 +193,53 @@ class CapturedStep:
         return named
 
 
+class _Waiting:
+    """Waits for events of a device, each so long at the most.
+
+    Args:
+        patience: None: as long as it takes.
+        bad: what keeps the steps that are under way from changing anything.
+    """
+
+    def __init__(self, patience: timedelta | None, bad: Tensor) -> None:
+        self._patience, self._bad = patience, bad
+        self._lost = False
+
+    def __call__(self, event: torch.cuda.Event) -> None:
+        """Wait for one.
+
+        Raises:
+            RankLostError: it does not come; from then on for all events, at once.
+        """
+        if self._patience is None:
+            event.synchronize()
+            return
+        deadline, (pause, longest) = time.monotonic() + self._patience.total_seconds(), _PAUSES
+        while self._lost or not event.query():
+            if self._lost or time.monotonic() > deadline:
+                self._go_around()
+                raise RankLostError(f"a captured meta-step did not end in {self._patience.total_seconds():g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def _go_around(self) -> None:
+        """Leave the stream that waits for the lost rank: the weights of the last whole step can be read on another.
+
+        Should the rank come after all, the steps that go on change nothing.
+        """
+        if self._lost:
+            return
+        self._lost = True
+        with torch.cuda.device(self._bad.device):
+            torch.cuda.set_stream(torch.cuda.Stream())
+        self._bad.fill_(1)
+
+
 class _PendingReplay(Pending):
     """A replay's values, on the device and on their way to the host."""
 
-    def __init__(self, values: Tensor, like: MetaLoss, packed: Packed, bad: Tensor) -> None:
-        self._values, self._like, self._packed, self._bad = values, like, packed, bad
+    def __init__(self, values: Tensor, like: MetaLoss, packed: Packed, bad: Tensor, waiting: _Waiting) -> None:
+        self._values, self._like, self._packed, self._bad, self._waiting = values, like, packed, bad, waiting
         self._event = None
         if values.is_cuda:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -204,7 +259,7 @@ class _PendingReplay(Pending):
 
     def _wait(self) -> None:
         if self._event is not None:
-            self._event.synchronize()
+            self._waiting(self._event)
         if self._host[-1]:
             self._bad.zero_()
             raise NonFiniteLossError(bool(self._host[0].isfinite()), bool(self._host[-2]))
