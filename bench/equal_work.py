@@ -1,6 +1,6 @@
 """The equal-work check: no side gets a figure that does not compute the same meta-training step.
 
-The judge is the oracle, ``cxgrad_fast/reference.py`` in float64, one task at a time. Three questions are asked:
+The judge is the oracle, ``cxgrad_fast/reference/`` in float64, one task at a time. Three questions are asked:
 
 - **On a small copy of the case, in float64**: loss to 1e-10, every gradient to 1e-8 (relative, tensor by tensor), and
   one whole step moves every parameter as Adam moves it by those gradients. Every mistake in the mathematics shows here,

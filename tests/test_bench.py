@@ -156,6 +156,26 @@ def test_sides_do_the_same_work(name: str) -> None:
     assert not verdict.failure
 
 
+def test_the_loop_has_torchs_own_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As released programs have; the oracle's, written out, would make the others look faster than they are."""
+    passes: list[int] = []
+    batch_norm = sides.F.batch_norm
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        passes.append(len(x))
+        return batch_norm(x, *args, **kwargs)
+
+    monkeypatch.setattr(sides.F, "batch_norm", counted)
+    case = equal_work.make_case(config_of(inner__steps=2))
+    expected = equal_work.truth(case)
+    assert not passes
+    _, found = sides.SIDES["loop"](case.config, case.episodes, case.parameters).gradients()
+    assert passes == 4 * ([5] * 4 * 3 + [15] * 4)  # tasks, supports (one pass for the context), layers, queries
+    assert max(relative_error(found[name], expected.gradients[name]) for name in found) < 1e-8
+    equal_work.truth(case)
+    assert len(passes) == 64  # the oracle has its own again
+
+
 def test_a_side_in_its_own_process_is_ended_at_its_limit() -> None:
     case = equal_work.make_case(config_of(inner__steps=1))
     with closing(Isolated("loop", 0.0)) as host, pytest.raises(Dropped, match="over its limit of 0 s in its build"):

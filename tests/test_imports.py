@@ -24,7 +24,8 @@ ALLOWED = {
     "episodes": {"data"},
     "engine": {"kernels", "models", "algorithms", "engine", "episodes"},
     "learner": {"kernels", "models", "algorithms", "engine", "episodes"},
-    "reference": set(),
+    "reference": {"reference"},
+    "released": set(),
     "signals": {"engine"},
     "launched": {"engine"},
     "pipeline": {"engine", "learner", "episodes"},
@@ -55,8 +56,8 @@ def room(path: Path) -> str:
     return "kernels" if top[0] == "kernels" else top[1].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of ours that a file imports anywhere, inside functions too."""
+def imported_names(path: Path) -> list[str]:
+    """Modules that a file imports anywhere, inside functions too."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -66,7 +67,12 @@ def imported_rooms(path: Path) -> set[str]:
             names.append(node.module or "")
             if node.module == "cxgrad_fast":
                 names += [f"cxgrad_fast.{alias.name}" for alias in node.names]
-    parts = [name.split(".") for name in names]
+    return names
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of ours that a file imports."""
+    parts = [name.split(".") for name in imported_names(path)]
     assert not any(part[0] == "kernels" for part in parts), f"{path}: kernels is cxgrad_fast.kernels"
     return {part[1] for part in parts if part[0] == "cxgrad_fast" and len(part) > 1}
 
@@ -80,6 +86,30 @@ def test_imports_run_one_way(path: Path) -> None:
     assert here in ALLOWED, f"new room '{here}': say what it may import"
     upward = imported_rooms(path) - ALLOWED[here] - {"config", "printable", "__version__"}
     assert not upward, f"{here} must not import {sorted(upward)}"
+
+
+ORACLE = sorted((ROOT / "cxgrad_fast" / "reference").glob("*.py"))
+SHARED = ("__init__", "network", "of_config", "tasks")
+ALGORITHMS = [path for path in ORACLE if path.stem not in SHARED]
+
+
+@pytest.mark.parametrize("path", ORACLE, ids=lambda path: path.stem)
+def test_the_oracle_shares_nothing_with_what_it_judges(path: Path) -> None:
+    """Nor do its algorithms share anything with each other, but for the layers of their networks."""
+    names = set(imported_names(path)) - {"__future__", "collections.abc", "typing", "torch", "torch.nn.functional"}
+    algorithms = {other.stem for other in ALGORITHMS}
+    may = {"network": set(), "tasks": set(), "of_config": {"tasks"} | algorithms, "__init__": {"tasks", "of_config"}}
+    assert names <= {f"cxgrad_fast.reference.{name}" for name in may.get(path.stem, {"network"})}
+
+
+@pytest.mark.parametrize("path", ALGORITHMS, ids=lambda path: path.stem)
+def test_the_oracle_is_literal(path: Path) -> None:
+    """An algorithm is a function of its file's name, on one page, without classes."""
+    nodes = ast.parse(path.read_text()).body
+    functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+    assert path.stem in functions
+    assert all(function.end_lineno - function.body[1].lineno < 60 for function in functions.values())
+    assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
 
 
 def test_only_kernels_knows_backends() -> None:

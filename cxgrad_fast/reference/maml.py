@@ -1,0 +1,59 @@
+"""MAML (Finn, Abbeel, Levine 2017), and its first order (FOMAML)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cxgrad_fast.reference.network import features, head
+
+
+def maml(
+    parameters: Mapping[str, Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    second_order: bool,
+    **network: Any,
+) -> dict[str, Any]:
+    """One task: ``theta <- theta - alpha dL_S/dtheta`` in every step, then the query.
+
+    Convolutions and head are adapted; norms are meta-learned only.
+
+    Args:
+        parameters: ``features.*`` and ``head.*``, requiring gradients.
+        support_x, support_y, query_x, query_y: images ``[S, C, H, W]`` and labels ``[S]`` of one task.
+        steps: of the inner loop.
+        learning_rate: alpha.
+        second_order: whether the inner gradients stay differentiable; without it, they are constants.
+        network: keywords of :func:`cxgrad_fast.reference.network.features`.
+
+    Returns:
+        ``loss``; ``losses`` (supports, query); ``support_logits`` of each step; ``query_logits``; ``adapted``.
+    """
+    theta = dict(parameters)
+    moved = [name for name in theta if ".norm." not in name]
+    losses, support_logits = [], []
+    for _ in range(steps):
+        support_logits.append(head(theta, features(theta, support_x, **network)))
+        losses.append(F.cross_entropy(support_logits[-1], support_y))
+        gradients = torch.autograd.grad(losses[-1], [theta[name] for name in moved], create_graph=second_order)
+        for name, gradient in zip(moved, gradients, strict=True):
+            theta[name] = theta[name] - learning_rate * gradient
+    query_logits = head(theta, features(theta, query_x, **network))
+    losses.append(F.cross_entropy(query_logits, query_y))
+    return {
+        "loss": losses[-1],
+        "losses": losses,
+        "support_logits": support_logits,
+        "query_logits": query_logits,
+        "adapted": {name: theta[name] for name in moved},
+    }
