@@ -3,6 +3,10 @@
 A library lies in a folder named by a hash of all that decides it (the facts): sources, flags, torch, compiler, CPU.
 ``pip install .`` puts one into the package, for the machine that it runs on; where that one does not fit, the first use
 builds another into the cache. Objects are kept too, by their own hashes: an edit compiles what it touches.
+
+Loading a library runs it, and loading a part of one kills the process. So the facts also hold the library's SHA-256,
+which is compared before every use, and what somebody else owns or can write is not used: a folder of the cache is
+refused, a build is made again.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,26 @@ from typing import Any
 import torch
 
 from cxgrad_fast.cache_folder import cache_folder
+from cxgrad_fast.files import (
+    check_folder,
+    locked,
+    move_whole,
+    open_own,
+    open_regular,
+    own_folder,
+    read_own,
+    sha256,
+    sync_folder,
+    write_whole,
+)
 
 SOURCES = Path(__file__).parent.parent / "csrc"  # of the repository, and of an installed package
 PACKAGED = Path(__file__).parent / "built"
 LIBRARY, FACTS = "operators.so", "facts.json"
+UNFINISHED = "unfinished-"  # begins the names of folders in which something is built
 
 KEPT_BUILDS, KEPT_OBJECTS = 8, 40
-STALE = 24 * 3600  # seconds after which a folder that a killed build left is nobody's
+STALE = 24 * 3600  # seconds after which such a folder is nobody's, where no lock tells
 
 _OPTIMISED = ("-O3", "-ffp-contract=fast")
 _SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
@@ -100,23 +116,27 @@ def library(sources: Path = SOURCES, packaged: Path = PACKAGED) -> Path:
         return found
     recipe = recipe_of(sources)
     folder = _cache()
-    wanted = folder / _digest(recipe.facts()) / LIBRARY
-    if not wanted.exists():
-        try:
-            _build(recipe, folder, wanted)
-        except OSError as error:
-            why = error.strerror or error
-            raise BuildError(f"cannot build in '{folder}' ({why}); CXGRAD_CACHE names another") from error
+    build = folder / _digest(recipe.facts())
+    try:
+        own_folder(folder.parent)
+        own_folder(folder)
+        if not _is_whole(recipe, build):
+            _build(recipe, folder, build)
+    except OSError as error:
+        why = error.strerror or error
+        raise BuildError(f"cannot build in '{folder}' ({why}); CXGRAD_CACHE names another") from error
     with contextlib.suppress(OSError):
-        os.utime(wanted.parent)  # the last to be cleared away
-    return wanted
+        os.utime(build)  # the last to be cleared away
+    return build / LIBRARY
 
 
 def install(package: Path) -> None:
     """Put the library into a package's folder (``setup.py``)."""
     kernels = package / "kernels"
     built = library(package / "csrc", kernels / "nothing-packaged-yet")
-    shutil.copytree(built.parent, kernels / PACKAGED.name, dirs_exist_ok=True)
+    (kernels / PACKAGED.name).mkdir(exist_ok=True)
+    for name in (LIBRARY, FACTS):  # without the cache's permissions: everybody may read an installed package
+        shutil.copyfile(built.with_name(name), kernels / PACKAGED.name / name)
 
 
 def recipe_of(sources: Path) -> Recipe:
@@ -176,53 +196,78 @@ def _read(sources: Path) -> dict[str, bytes]:
 
 
 def _packaged(sources: Path, packaged: Path) -> Path | None:
-    """The packaged library, if it was built from these sources for this torch and this CPU; needs no compiler."""
+    """The packaged library, if it is whole and was built from these sources for this torch and this CPU.
+
+    It needs no compiler. Its owner does not matter: who installed it also installed this code.
+    """
     try:
-        facts = json.loads((packaged / FACTS).read_text())
-    except (OSError, ValueError):
+        facts = json.loads((packaged / FACTS).read_bytes())
+        with open_regular(packaged / LIBRARY) as file:
+            digest = sha256(file)
+        wanted = Recipe(_read(sources), (), facts.get("compiler", ""), *_flags())
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    wanted = Recipe(_read(sources), (), facts.get("compiler", ""), *_flags()).facts()
-    return packaged / LIBRARY if facts == wanted and (packaged / LIBRARY).exists() else None
+    return packaged / LIBRARY if facts == _facts_of_build(wanted, digest) else None
 
 
-def _build(recipe: Recipe, folder: Path, wanted: Path) -> None:
-    """Make ``wanted``, in a temporary folder first; of several processes one builds and the others wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
-        if wanted.exists():
+def _facts_of_build(recipe: Recipe, digest: str) -> dict[str, Any]:
+    """What is written beside a library: the recipe's facts, and its own SHA-256."""
+    return recipe.facts() | {"library": digest}
+
+
+def _is_whole(recipe: Recipe, build: Path) -> bool:
+    """Whether a folder of the cache holds the library as it was built, and nobody else owns it or can write it."""
+    try:
+        check_folder(build, follow=False)
+        facts = json.loads(read_own(build / FACTS))
+        with open_own(build / LIBRARY) as file:
+            return bool(facts == _facts_of_build(recipe, sha256(file)))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _build(recipe: Recipe, folder: Path, build: Path) -> None:
+    """Make ``build``, in a temporary folder first; of several processes one builds and the others wait for it."""
+    with locked(folder / "lock") as is_locked:
+        if _is_whole(recipe, build):
             return
         print("cxgrad_fast: building the C++ operators (once, about a minute) ...", file=sys.stderr, flush=True)
-        work = Path(tempfile.mkdtemp(dir=folder, prefix="unfinished-"))
+        work = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
         try:
             for name, content in recipe.sources.items():  # what was hashed is what is compiled
                 (work / name).write_bytes(content)
             _run_ninja(recipe, work, folder / "objects")
             finished = work / "finished"
-            finished.mkdir()
-            (finished / FACTS).write_text(json.dumps(recipe.facts(), indent=1))
-            os.replace(work / LIBRARY, finished / LIBRARY)
-            with contextlib.suppress(FileExistsError):
-                os.replace(finished, wanted.parent)
+            finished.mkdir(mode=0o700)
+            with open_regular(work / LIBRARY) as file:
+                facts = _facts_of_build(recipe, sha256(file))
+            move_whole(work / LIBRARY, finished / LIBRARY)
+            write_whole(finished / FACTS, lambda file: file.write(json.dumps(facts, indent=1).encode()))
+            if not _is_whole(recipe, build):  # another process was not faster, on a file system without locks
+                _put(finished, build)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        _clear(folder)
+        _clear(folder, is_locked)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl  # not on every system that may import this
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the system takes it back from a process that dies
-        yield
+def _put(finished: Path, build: Path) -> None:
+    """Move a finished build to its name, in the place of a damaged or strange one."""
+    if build.is_symlink() or build.is_file():
+        build.unlink()
+    elif build.exists():  # a folder of another user's can be renamed, but not emptied
+        os.replace(build, tempfile.mkdtemp(dir=build.parent, prefix=UNFINISHED))
+    os.replace(finished, build)
+    sync_folder(build.parent)
 
 
 def _run_ninja(recipe: Recipe, work: Path, store: Path) -> None:
     """Compile what the store of objects lacks, and link."""
+    own_folder(store)
     names = [name for name in recipe.sources if name.endswith(".cpp")]
-    kept = {name: store / f"{Path(name).stem}-{recipe.object_key(name)}.o" for name in names}
-    missing = [name for name in names if not kept[name].exists()]
-    objects = [Path(name).with_suffix(".o") if name in missing else kept[name] for name in names]
+    found = {name: _kept_object(store, _object_stem(recipe, name)) for name in names}
+    kept = {name: path for name, path in found.items() if path is not None}
+    missing = [name for name in names if name not in kept]
+    objects = [kept.get(name, Path(name).with_suffix(".o")) for name in names]
     compiler, flags = shlex.join(recipe.compiler), shlex.join(recipe.flags)
     root = Path(torch.__file__).parent
     folders = (root / "include", root / "include/torch/csrc/api/include")
@@ -241,11 +286,27 @@ def _run_ninja(recipe: Recipe, work: Path, store: Path) -> None:
     done = subprocess.run([_ninja()], cwd=work, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"the C++ operators do not compile: {_first_error(done.stdout + done.stderr)}")
-    store.mkdir(exist_ok=True)
-    for name, path in kept.items():
-        if name in missing:
-            os.replace((work / name).with_suffix(".o"), path)
+    for path in kept.values():
         os.utime(path)  # the last to be cleared away
+    for name in missing:
+        made = (work / name).with_suffix(".o")
+        with open_regular(made) as file:
+            digest = sha256(file)
+        move_whole(made, store / f"{_object_stem(recipe, name)}-{digest}.o")
+
+
+def _object_stem(recipe: Recipe, name: str) -> str:
+    """How the name of a kept object begins; it ends in the SHA-256 of its content."""
+    return f"{Path(name).stem}-{recipe.object_key(name)}"
+
+
+def _kept_object(store: Path, stem: str) -> Path | None:
+    """The object in the store, if it is there, whole, and nobody else's."""
+    for path in store.glob(f"{stem}-*.o"):
+        with contextlib.suppress(OSError), open_own(path) as file:
+            if path.name == f"{stem}-{sha256(file)}.o":
+                return path
+    return None
 
 
 def _ninja() -> str:
@@ -268,12 +329,14 @@ def _first_error(output: str) -> str:
     return next(errors, lines[-1] if lines else "ninja says nothing")
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, is_locked: bool) -> None:
     """Keep the newest builds and objects, and what other processes are building."""
-    now = time.time()
+    oldest = time.time() - STALE
     with contextlib.suppress(OSError):  # another process clears too
-        builds = [path for path in folder.iterdir() if (path / FACTS).exists()]
-        left = [path for path in folder.glob("unfinished-*") if now - path.stat().st_mtime > STALE]
+        others = [path for path in folder.iterdir() if not path.name.startswith(UNFINISHED)]
+        builds = [path for path in others if (path / FACTS).exists()]
+        # under the lock nobody else is building
+        left = [path for path in folder.glob(f"{UNFINISHED}*") if is_locked or path.stat().st_mtime < oldest]
         for path in sorted(builds, key=_age)[KEPT_BUILDS:] + left:
             shutil.rmtree(path, ignore_errors=True)
         for path in sorted((folder / "objects").iterdir(), key=_age)[KEPT_OBJECTS:]:
@@ -288,7 +351,7 @@ def _cache() -> Path:
     cache = cache_folder()
     if cache is None:
         raise BuildError("no home folder to build in: CXGRAD_CACHE names a folder")
-    return cache / "operators"
+    return cache.absolute() / "operators"  # the compiler runs in another folder
 
 
 def _refuse_strange_machines() -> None:

@@ -7,7 +7,7 @@ A table is a JSON file of one architecture, one line an entry::
 An entry without a shape holds for all shapes that have no entry of their own. Of several files the first that has one
 decides: the one that ``CXGRAD_LAUNCH`` names, the user's (``launch/sm_90.json`` in the cache folder), the repository's
 (``kernels/launch_tables``). ``python -m cxgrad_fast.kernels.tune`` lists, measures and clears entries; those whose
-``from`` begins with "pinned" it leaves alone.
+``from`` begins with "pinned" it leaves alone. A table that another user owns or can write is refused.
 
 A kernel's file asks :func:`settings` before every launch, and may declare the kernel a :func:`tunable`.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +28,7 @@ import torch
 
 from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.config import InputError
+from cxgrad_fast.files import check_folder, open_regular, own_folder, read_own, write_whole
 from cxgrad_fast.kernels import backends
 
 ARCHITECTURES = ("sm_80", "sm_90")  # of compute capability 8.x and 9.x
@@ -188,8 +188,8 @@ def files(architecture: str) -> list[Path]:
     """The tables for an architecture, the first wins; those that nobody has written are left out."""
     named = os.environ.get("CXGRAD_LAUNCH")
     found = [Path(named)] if named else []
-    found += [path for path in (user_file(architecture), REPOSITORY / f"{architecture}.json") if path and path.exists()]
-    return found
+    usual = (user_file(architecture), REPOSITORY / f"{architecture}.json")
+    return found + [path for path in usual if path and os.path.exists(path)]  # not in a folder that cannot be entered
 
 
 def user_file(architecture: str) -> Path | None:
@@ -217,7 +217,7 @@ def read(file: Path) -> list[Entry]:
     """The entries of a table.
 
     Raises:
-        InputError: the file cannot be read, is no JSON, or has a line that is no entry.
+        InputError: the file cannot be read, another user owns or can write it, or it has a line that is no entry.
     """
     return [_entry(file, key, fields) for key, fields in read_lines(file).items()]
 
@@ -226,17 +226,40 @@ def read_lines(file: Path, what: str = _WHAT) -> dict[str, Any]:
     """A table's lines by their keys, not looked at yet.
 
     Raises:
-        InputError: the file cannot be read, or is no JSON object.
+        InputError: the file cannot be read, another user owns or can write it, or it is no JSON object.
     """
     try:
-        lines = json.loads(file.read_text(encoding="utf-8"))
+        lines = json.loads(_content(file))
     except OSError as error:
         raise InputError(f"{what} '{file}': {error.strerror or error}") from error
+    except RecursionError as error:
+        raise InputError(f"{what} '{file}' are nested too deep") from error
     except ValueError as error:
         raise InputError(f"{what} '{file}' are no JSON: {error}") from error
     if not isinstance(lines, dict):
         raise InputError(f"{what} '{file}' must be an object of entries, got {type(lines).__name__}")
     return lines
+
+
+def _content(file: Path) -> bytes:
+    """What a table holds.
+
+    Raises:
+        OSError: it cannot be read, or another user owns or can write it; the repository's has who installed it.
+    """
+    if file.is_relative_to(REPOSITORY):
+        with open_regular(file) as opened:
+            return opened.read()
+    folders = _cache_folders(file)
+    for folder in folders:
+        check_folder(folder)
+    return read_own(file, follow=not folders)
+
+
+def _cache_folders(file: Path) -> list[Path]:
+    """The folders of the cache that a table is in, the outer first; none for one that a person has put elsewhere."""
+    cache = cache_folder()
+    return [cache, file.parent] if cache is not None and file.is_relative_to(cache) else []
 
 
 def check_line(file: Path, key: str, fields: Any, what: str = _WHAT) -> None:
@@ -278,14 +301,26 @@ def write_lines(file: Path, lines: Mapping[str, Any], what: str = _WHAT) -> None
         InputError: it cannot be written.
     """
     written = [f" {json.dumps(key)}: {json.dumps(fields)}" for key, fields in lines.items()]
+    text = "\n".join(["{", ",\n".join(sorted(written)), "}", ""]) if written else "{}\n"
     try:
+        for folder in _cache_folders(file):
+            own_folder(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as unfinished:
-            unfinished.write("\n".join(["{", ",\n".join(sorted(written)), "}", ""]) if written else "{}\n")
-        os.chmod(unfinished.name, 0o644)
-        os.replace(unfinished.name, file)
+        write_whole(file, lambda opened: opened.write(text.encode()), mode=0o644)
     except OSError as error:
         raise InputError(f"{what} '{file}' cannot be written: {error.strerror or error}") from error
+
+
+def remove(file: Path, what: str = _WHAT) -> None:
+    """Remove a table.
+
+    Raises:
+        InputError: it cannot be removed.
+    """
+    try:
+        file.unlink()
+    except OSError as error:
+        raise InputError(f"{what} '{file}' cannot be removed: {error.strerror or error}") from error
 
 
 # --- what can be measured ---

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -92,14 +93,14 @@ def _clear(kernel: str | None) -> None:
             print(f"{forgotten}: removed")
     for architecture in launch.ARCHITECTURES if kernel != _WAYS else ():
         file = launch.user_file(architecture)
-        if file is None or not file.exists():
+        if file is None or not os.path.lexists(file):
             continue
         # without a kernel the file is not read: it may be what is wrong
         kept = [entry for entry in launch.read(file) if entry.kernel != kernel] if kernel else []
         if kept:
             launch.write(file, kept)
         else:
-            file.unlink()
+            launch.remove(file)
         print(f"{file}: {len(kept)} entries left" if kept else f"{file}: removed")
     launch.reload()
 
@@ -110,7 +111,7 @@ def _tune(kernel: str | None, out: Path | None) -> None:
     if file is None:
         raise InputError("no home folder for a table: --out names a file, or CXGRAD_CACHE a folder")
     tunables = _tunables(kernel)
-    table = {entry.key: entry for entry in launch.read(file)} if file.exists() else {}
+    table = {entry.key: entry for entry in launch.read(file)} if os.path.lexists(file) else {}
     source = f"measured on {torch.cuda.get_device_name()}, {_commit()}"
     for tunable in tunables:
         for example in tunable.examples:

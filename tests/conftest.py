@@ -10,6 +10,7 @@ from cxgrad_fast.kernels import backends
 # what a person has set in his shell must not decide what is tested
 for name in ("CXGRAD_BACKEND", "CXGRAD_CACHE", "CXGRAD_CONVOLUTION", "CXGRAD_LAUNCH", "CXGRAD_ROUND_IN_SOFTWARE"):
     os.environ.pop(name, None)
+os.umask(0o022)
 # models this small spend their time in the barriers between two threads (docs/traps.md); children inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers import give_away
 
 from cxgrad_fast.kernels import building
 from cxgrad_fast.kernels.building import BuildError, library
@@ -134,11 +140,41 @@ def test_a_killed_build_leaves_nothing_to_be_taken(sources: Path) -> None:
     (left,) = folder.glob("unfinished-*")
     assert answer(library(sources)) == 42  # the lock died with its owner
     kill_session(child.pid)  # what the dead build had started
-    assert left.exists()  # it could be somebody's
-    os.utime(left, (0, 0))
-    (sources / "other.cpp").write_text("// edited")
-    library(sources)
     assert not left.exists()
+
+
+def test_where_no_locks_are_only_old_unfinished_builds_go(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_lock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    young, old = (sources.parent / "cache" / "operators" / f"unfinished-{name}" for name in ("young", "old"))
+    for folder in (young, old):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert answer(library(sources)) == 42
+    assert young.exists()  # another process may be building in it
+    assert not old.exists()
+
+
+def test_two_builds_at_once_where_no_locks_are(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second to finish takes what the first has put there."""
+
+    def no_lock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    usual, first = building._run_ninja, []
+
+    def faster(*arguments: object) -> None:
+        monkeypatch.setattr(building, "_run_ninja", usual)
+        first.append(library(sources).stat())
+        usual(*arguments)
+
+    monkeypatch.setattr(building, "_run_ninja", faster)
+    path = library(sources)
+    assert os.path.samestat(path.stat(), first[0])
+    assert answer(path) == 42
 
 
 def test_old_builds_go(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +189,189 @@ def test_old_builds_go(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(objects(sources)) == 3
 
 
+# --- what is damaged, or somebody else's ---
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give a file another content, but not what is loaded: that lives on without a name."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def builds_again(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The library, which must be built again for it, and only this once."""
+    built: list[Path] = []
+    build = building._build
+
+    def recording(recipe: building.Recipe, folder: Path, wanted: Path) -> None:
+        built.append(wanted)
+        build(recipe, folder, wanted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_build", recording)
+        path = library(sources)
+        assert library(sources) == path
+    assert built == [path.parent]
+    return path
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "a part": lambda content: content[: len(content) // 2],
+    "one bit": lambda content: content[:50] + bytes([content[50] ^ 1]) + content[51:],  # of facts: in a hash
+    "longer": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize("name", ["operators.so", "facts.json"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_build_is_built_again(
+    sources: Path, name: str, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading half a library kills the process (SIGBUS)."""
+    file = library(sources).with_name(name)
+    damaged = damage(file.read_bytes())
+    replace(file, damaged)
+    path = builds_again(sources, monkeypatch)
+    assert file.read_bytes() != damaged
+    assert answer(path) == 42
+
+
+@pytest.mark.parametrize("facts", ["[]", "{}", "null", '"text"'])
+def test_other_facts_build_again(sources: Path, facts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(library(sources).with_name("facts.json"), facts.encode())
+    assert answer(builds_again(sources, monkeypatch)) == 42
+
+
+def test_what_is_no_build_is_replaced(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = library(sources).parent
+    elsewhere = sources.parent / "elsewhere"
+    os.rename(build, elsewhere)
+    build.symlink_to(elsewhere)
+    assert answer(builds_again(sources, monkeypatch)) == 42
+    assert (elsewhere / "operators.so").exists()
+    shutil.rmtree(build)
+    build.write_bytes(b"a file")
+    assert answer(builds_again(sources, monkeypatch)) == 42
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_object_is_compiled_again(sources: Path, damage: Callable[[bytes], bytes]) -> None:
+    build = library(sources).parent
+    for path in (sources.parent / "cache" / "operators" / "objects").iterdir():
+        replace(path, damage(path.read_bytes()))
+    shutil.rmtree(build)
+    assert answer(library(sources)) == 42
+
+
+def plant(sources: Path, build: Path) -> None:
+    """Put a library of one's own choice into a build, with its hash."""
+    other = sources.parent / "planted"
+    other.mkdir()
+    (other / "answer.cpp").write_text('extern "C" int answer() { return 666; }')
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", "answer.so", "answer.cpp"], cwd=other, check=True)
+    facts = json.loads((build / "facts.json").read_bytes())
+    with open(other / "answer.so", "rb") as file:
+        facts["library"] = building.sha256(file)
+    replace(build / "operators.so", (other / "answer.so").read_bytes())
+    replace(build / "facts.json", json.dumps(facts).encode())
+
+
+def test_a_planted_library_is_not_loaded(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = library(sources).parent
+    plant(sources, build)
+    with monkeypatch.context() as patch:
+        give_away(build / "operators.so", patch)
+        assert answer(builds_again(sources, patch)) == 42
+
+
+@pytest.mark.parametrize("name", ["", "operators.so", "facts.json"])
+@pytest.mark.parametrize("bits", [0o020, 0o002])
+def test_a_build_that_others_can_write_is_built_again(
+    sources: Path, name: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = library(sources).parent / name
+    path.chmod(path.stat().st_mode | bits)
+    assert answer(builds_again(sources, monkeypatch)) == 42
+
+
+@pytest.mark.parametrize("name", ["", "facts.json"])
+def test_a_build_of_somebody_else_s_is_built_again(sources: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = library(sources).parent / name
+    with monkeypatch.context() as patch:
+        give_away(path, patch)
+        assert answer(builds_again(sources, patch)) == 42
+
+
+@pytest.mark.parametrize("name", ["", "operators", "operators/objects"])
+def test_a_cache_that_others_can_write_is_not_used(sources: Path, name: str) -> None:
+    build = library(sources).parent
+    folder = sources.parent / "cache" / name
+    folder.chmod(0o777)
+    if name.endswith("objects"):
+        shutil.rmtree(build)
+    with pytest.raises(BuildError) as caught:
+        library(sources)
+    assert str(caught.value) == (
+        f"cannot build in '{sources.parent}/cache/operators' "
+        f"(others can write '{folder}': chmod go-w '{folder}'); CXGRAD_CACHE names another"
+    )
+    folder.chmod(0o700)
+    assert answer(library(sources)) == 42
+
+
+def test_a_lock_that_is_a_link_is_not_followed(sources: Path) -> None:
+    precious = sources.parent / "precious"
+    precious.write_text("content")
+    lock = sources.parent / "cache" / "operators" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(precious)
+    with pytest.raises(BuildError, match=r"cannot build in '.*/operators' \('.*/operators/lock' is a link\); "):
+        library(sources)
+    assert precious.read_text() == "content"
+
+
+def test_everything_is_made_for_the_user_alone(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the system's default lets a group write: what is built there is found whole again."""
+    before = os.umask(0o002)
+    try:
+        path = library(sources)
+        monkeypatch.setattr(building, "_build", lambda *arguments: pytest.fail("built again"))
+        assert library(sources) == path
+    finally:
+        os.umask(before)
+    cache = sources.parent / "cache"
+    modes = {str(path.relative_to(cache)): path.stat().st_mode & 0o777 for path in [cache, *cache.rglob("*")]}
+    assert {name: mode for name, mode in modes.items() if mode & 0o077} == {}
+    assert {modes["."], modes["operators"], modes["operators/objects"]} == {0o700}
+
+
+def test_a_cache_below_the_working_folder(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXGRAD_CACHE", "cache")
+    monkeypatch.chdir(sources.parent)
+    library(sources)
+    (sources / "other.cpp").write_text("// edited")
+    assert answer(library(sources)) == 42  # of an object that was kept
+
+
+# --- in the package, and where nothing can be built ---
+
+
 def test_packaged(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = sources.parent / "package"
     (package / "kernels").mkdir(parents=True)
     sources.rename(package / "csrc")
     building.install(package)
     packaged = package / "kernels" / "built"
+    assert [path.stat().st_mode & 0o777 for path in (packaged, *packaged.iterdir())] == [0o755, 0o644, 0o644]
     monkeypatch.setenv("PATH", "/nonexistent")  # it needs no compiler
+    assert library(package / "csrc", packaged) == packaged / "operators.so"
+    whole = (packaged / "operators.so").read_bytes()
+    for damage in DAMAGE.values():
+        replace(packaged / "operators.so", damage(whole))
+        with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+            library(package / "csrc", packaged)
+    replace(packaged / "operators.so", whole)
     assert library(package / "csrc", packaged) == packaged / "operators.so"
     with monkeypatch.context() as patch:
         patch.setattr(building, "_abilities", lambda: ["another", "machine"])

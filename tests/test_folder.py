@@ -124,6 +124,32 @@ class TestDecoding:
             blended = np.array(original.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         assert not np.array_equal(image, blended)
 
+    @pytest.mark.parametrize("mode", ["L", "1"])
+    def test_widened_grey_gives_the_bytes_of_its_8_bits(self, root: Path, mode: str) -> None:
+        """As other programs widen: 255 becomes 65535."""
+        grey = picture(3, mode).convert("L")
+        save(root / "test" / "only" / "16.png", Image.fromarray(np.asarray(grey).astype(np.uint16) * 257))
+        save(root / "test" / "only" / "8.png", grey)
+        with Image.open(root / "test" / "only" / "16.png") as image:
+            assert image.mode == "I;16"
+        wide, narrow = open_folder("test", SIZE, root).images.numpy()
+        np.testing.assert_array_equal(wide, narrow)
+        np.testing.assert_array_equal(narrow, decoded(root / "test" / "only" / "8.png"))
+
+    def test_every_16_bit_grey_is_rounded(self, root: Path) -> None:
+        values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+        save(root / "test" / "only" / "ramp.png", Image.fromarray(values))
+        (image,) = open_folder("test", 256, root).images.numpy()
+        exact = [(2 * x * 255 + 65535) // (2 * 65535) for x in range(65536)]  # x * 255 / 65535, rounded
+        np.testing.assert_array_equal(image, np.repeat(np.array(exact).reshape(256, 256, 1), 3, axis=2))
+
+    def test_older_pillow_s_16_bit_grey(self) -> None:
+        values = np.array([[0, 128, 129, 65535]], dtype=np.int32)
+        image = folder_module._eight_bits(Image.fromarray(values))
+        assert (image.mode, np.asarray(image).tolist()) == ("L", [[0, 0, 1, 255]])
+        with pytest.raises(ValueError, match="it has Pillow's mode F, which is not supported"):
+            folder_module._eight_bits(Image.new("F", (1, 1)))
+
     def test_many_images_keep_their_order_and_show_a_bar(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -156,6 +182,15 @@ class TestCache:
         first, second = (open_folder("train", SIZE, root) for _ in range(2))
         assert len(decodes) == 4
         assert first.fingerprint() == second.fingerprint()
+
+    def test_a_cached_array_of_another_size(self, root: Path, decodes: list[Path], cache: Path) -> None:
+        first = open_folder("train", SIZE, root)
+        (path,) = cache.iterdir()
+        for shape in ((3, SIZE, SIZE, 3), (4, SIZE, SIZE + 1, 3), (4, SIZE, SIZE)):
+            with open(path, "wb") as file:
+                np.savez(file, images=np.zeros(shape, np.uint8))
+            assert open_folder("train", SIZE, root).fingerprint() == first.fingerprint()
+        assert len(decodes) == 16
 
     def test_other_size(self, root: Path, decodes: list[Path]) -> None:
         open_folder("train", SIZE, root)
@@ -244,6 +279,48 @@ class TestBadInput:
         assert message.startswith(f"cannot read the image '{path}' (")
         assert message.endswith("): replace it or delete it")
         assert not list(cache.glob("*"))
+
+    @pytest.mark.parametrize("suffix", [".png", ".jpg"])
+    @pytest.mark.parametrize("kind", ["PostScript", "TIFF", "GIF", "BMP"])
+    def test_other_formats(self, root: Path, kind: str, suffix: str) -> None:
+        """Whatever a file is called; for PostScript Pillow starts another program, and floats would become black."""
+        path = root / "train" / "bee" / f"x{suffix}"
+        if kind == "PostScript":
+            path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+        else:
+            Image.new("F" if kind == "TIFF" else "L", (9, 9)).save(path, kind)
+        message = f"cannot read the image '{path}' (it is no JPEG or PNG image): replace it or delete it"
+        assert self.refused(root) == message
+
+    def test_what_is_no_regular_file(self, root: Path) -> None:
+        path = root / "train" / "bee" / "2.png"
+        message = f"cannot read the image '{path}' (it is not a regular file): replace it or delete it"
+        path.symlink_to("/dev/zero")
+        assert self.refused(root) == message
+        path.unlink()
+        os.mkfifo(path)
+        descriptor = os.open(path, os.O_RDWR)  # opening it does not wait while it is open here
+        try:
+            os.write(descriptor, b"no image" * 100)
+            assert self.refused(root) == message
+        finally:
+            os.close(descriptor)
+
+    def test_too_large_a_file(self, root: Path) -> None:
+        path = root / "train" / "bee" / "1.png"
+        os.truncate(path, (1 << 28) + 1)
+        reason = "it has 268435457 bytes, more than 268435456"
+        assert self.refused(root) == f"cannot read the image '{path}' ({reason}): replace it or delete it"
+
+    @pytest.mark.parametrize("most", [500, 100])  # of 713: Pillow warns above its limit, and raises above twice that
+    def test_too_many_pixels(self, root: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = root / "train" / "bee" / "1.png"
+        for other in root.rglob("*.*g"):
+            if other != path:
+                save(other, picture(0, size=(5, 5)))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        message = f"cannot read the image '{path}' (more than {most} pixels): replace it or delete it"
+        assert self.refused(root) == message
 
     def test_dangling_link(self, root: Path) -> None:
         path = root / "train" / "bee" / "2.png"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -59,6 +61,12 @@ def base_letter(letter: str) -> str:
 
 def luminance(images: torch.Tensor) -> torch.Tensor:
     return images.float() @ torch.tensor([0.299, 0.587, 0.114]) / 255
+
+
+def whole_val(pools: dict[str, ImagePool]) -> dict[str, np.ndarray]:
+    """What the cache holds of the val split."""
+    names = "\n".join(pools["val"].class_names).encode()
+    return {"images": pools["val"].images.numpy(), "names": np.frombuffer(names, np.uint8)}
 
 
 class TestClasses:
@@ -175,6 +183,49 @@ class TestImages:
         monkeypatch.setattr(glyphs, "_draw_split", None)
         assert open_glyphs("val", 28).fingerprint() == pools["val"].fingerprint()
 
+    @pytest.mark.parametrize("other", ["rows", "size", "type", "text", "names", "missing"])
+    def test_other_arrays_in_the_cache_are_drawn_anew(
+        self,
+        other: str,
+        pools: dict[str, ImagePool],
+        session_cache: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("CXGRAD_CACHE", str(tmp_path))
+        for path in session_cache.glob("glyphs-val-28-default-*"):
+            with np.load(path) as arrays:
+                images, names = arrays["images"], arrays["names"]
+            changed = {
+                "rows": {"images": images[:-24]},
+                "size": {"images": images[:, :-1]},
+                "type": {"images": images.astype(np.int16)},
+                "text": {"names": np.frombuffer(b"\xff" + names.tobytes()[1:], np.uint8)},
+                "names": {"names": names[:0]},
+                "missing": {},
+            }[other]
+            whole = {"images": images, "names": names} if changed else {"names": names}
+            np.savez(tmp_path / path.name, **whole | changed)
+        drawn: list[str] = []
+        monkeypatch.setattr(glyphs, "_draw_split", lambda atlas, split, *rest: drawn.append(split) or whole_val(pools))
+        monkeypatch.setattr(glyphs, "letter_atlas", lambda files: {})
+        assert open_glyphs("val", 28).fingerprint() == pools["val"].fingerprint()
+        assert drawn == ["val"]
+
+    def test_an_atlas_is_told_from_other_arrays(self) -> None:
+        numbers = np.zeros(3, np.int64)
+        atlas = {"masks": np.zeros((3, 64, 64), np.uint8), "letter": numbers, "klass": numbers, "split": numbers}
+        assert glyphs._is_atlas(atlas)
+        for other in (
+            {"masks": np.zeros((2, 64, 64), np.uint8)},
+            {"masks": np.zeros((3, 64, 64), bool)},
+            {"klass": numbers.astype(np.int32)},
+            {"split": np.array(3)},
+            {"more": numbers},
+        ):
+            assert not glyphs._is_atlas(atlas | other)
+        assert not glyphs._is_atlas({})
+
     def test_images_of_a_class_differ(self, pools: dict[str, ImagePool]) -> None:
         images = pools["val"].images.view(-1, 24, 28 * 28 * 3)
         for drawn in images[:50]:
@@ -265,6 +316,41 @@ class TestFonts:
     def test_damaged_font(self, fonts: Path) -> None:
         (fonts / "broken.ttf").write_bytes(b"no font")
         with pytest.raises(InputError, match=r"cannot read the font '.*broken.ttf' \(.*\): replace it or delete it"):
+            open_glyphs("test", 28, root=fonts)
+
+    @pytest.mark.parametrize("fill", [1, 0xFF])
+    def test_damaged_outlines(self, fonts: Path, fill: int) -> None:
+        """The font opens; its letters cannot be drawn."""
+        path = fonts / "more" / "bold.ttf"
+        content = bytearray(path.read_bytes())
+        (tables,) = struct.unpack_from(">H", content, 4)
+        entries = [struct.unpack_from(">4s4xII", content, 12 + 16 * table) for table in range(tables)]
+        start, length = next(place for name, *place in entries if name == b"glyf")
+        content[start : start + length] = bytes([fill]) * length
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot read the font '.*bold.ttf' \(invalid .*\): replace it or delete"):
+            open_glyphs("test", 28, root=fonts)
+
+    def test_letters_of_thousands_of_pixels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Their image would not fit into memory."""
+        face = letters._Face(TTF / "DejaVuSans.ttf")
+        monkeypatch.setattr(letters, "_WIDEST", 50)
+        with pytest.raises(
+            InputError, match=r"cannot read the font '.*' \(character U\+0041 is .* pixels at size 96\)"
+        ):
+            face.ink(ord("A"))
+
+    def test_ink_too_faint_for_a_shape_is_like_nothing(self) -> None:
+        shapes = np.array([[0, 0, 0], [0, 1, 1]], np.float32)
+        assert letters._overlap(shapes, shapes).tolist() == [[0, 0], [0, 1]]
+
+    def test_what_cannot_be_read(self, fonts: Path) -> None:
+        os.mkfifo(fonts / "pipe.ttf")  # no font, as other kinds of files
+        path = fonts / "italic.TTF"
+        os.truncate(path, (1 << 28) + 1)
+        with pytest.raises(
+            InputError, match=r"cannot read the font '.*italic.TTF' \(it has 268435457 bytes, more than "
+        ):
             open_glyphs("test", 28, root=fonts)
 
     def test_fonts_without_letters(self, tmp_path: Path) -> None:

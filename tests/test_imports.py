@@ -17,10 +17,11 @@ ALLOWED = {
     "near_words": set(),
     "config": {"near_words"},
     "cache_folder": set(),
-    "kernels": {"kernels", "cache_folder"},
+    "files": set(),
+    "kernels": {"kernels", "cache_folder", "files"},
     "models": {"kernels", "models"},
     "algorithms": {"kernels", "models", "algorithms"},
-    "data": {"data", "cache_folder"},
+    "data": {"data", "cache_folder", "files"},
     "episodes": {"data"},
     "engine": {"kernels", "models", "algorithms", "engine", "episodes"},
     "learner": {"kernels", "models", "algorithms", "engine", "episodes"},
@@ -46,7 +47,7 @@ ALLOWED = {
         "data",
     },
     "evaluate": {"cli", "runs", "checkpoints", "launched", "engine", "learner", "episodes", "data"},
-    "info": {"cli", "kernels", "cache_folder"},
+    "info": {"cli", "kernels", "cache_folder", "files"},
     "__init__": {"config", "episodes", "learner", "runs"},
 }
 

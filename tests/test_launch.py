@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import give_away
 from torch import Tensor
 
 from cxgrad_fast.config import InputError
@@ -35,7 +36,7 @@ def _folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def put(file: Path, text: str | dict[str, Any]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text if isinstance(text, str) else json.dumps(text))
+    file.write_text(text if isinstance(text, str) else json.dumps(text), errors="surrogateescape")
     launch.reload()
     return file
 
@@ -126,6 +127,8 @@ REFUSED: dict[str, tuple[str | dict[str, Any], str]] = {
     "zero": ({"thing": entry(BLOCK=0)}, "BLOCK of 'thing' must be a whole number above 0, got 0"),
     "half a shape": ({"thing count": entry(BLOCK=16)}, "the key 'thing count' is not 'KERNEL name=value ...'"),
     "no kernel": ({"": entry(BLOCK=16)}, "the key '' is not"),
+    "nested without end": ("[" * 100_000, "are nested too deep"),
+    "no text": ("\udcff", "are no JSON: 'utf-8' codec can't decode"),
     "unknown setting": ({"thing": entry(BLOK=16)}, "'thing' sets BLOK; thing has BLOCK, maxnreg, num_stages, num_"),
 }
 
@@ -138,6 +141,92 @@ def test_bad_tables_are_refused_in_one_line(what: str) -> None:
         ask()
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def refusal() -> str:
+    launch.reload()
+    with pytest.raises(InputError) as caught:
+        ask()
+    return str(caught.value)
+
+
+@pytest.fixture(params=["cached", "named"])
+def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A table in the cache, and one that a person has named."""
+    file = user_file() if request.param == "cached" else tmp_path / "pins.json"
+    put(file, {"thing": entry(BLOCK=32)})
+    if request.param == "named":
+        monkeypatch.setenv("CXGRAD_LAUNCH", str(file))
+    assert ask()["BLOCK"] == 32
+    return file
+
+
+@pytest.mark.parametrize("bits", [0o620, 0o602])
+def test_a_table_that_others_can_write_is_refused(table: Path, bits: int) -> None:
+    table.chmod(bits)
+    assert refusal() == f"launch settings '{table}': others can write it: chmod go-w"
+
+
+def test_a_table_of_somebody_else_s_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        give_away(table, patch)
+        assert refusal() == f"launch settings '{table}': it belongs to another user, number 65534"
+
+
+def test_a_table_that_is_no_regular_file_is_refused(table: Path) -> None:
+    table.unlink()
+    os.mkfifo(table)  # opening it the usual way would wait until somebody writes into it
+    assert refusal() == f"launch settings '{table}': it is not a regular file"
+
+
+def test_a_named_table_may_be_a_link(table: Path, tmp_path: Path) -> None:
+    table.rename(tmp_path / "elsewhere.json")
+    table.symlink_to(tmp_path / "elsewhere.json")
+    if table == user_file():
+        assert refusal() == f"launch settings '{table}': it is a link"
+    else:
+        launch.reload()
+        assert ask()["BLOCK"] == 32
+
+
+@pytest.mark.parametrize("up", [0, 1])
+def test_a_cache_that_others_can_write_is_refused(up: int) -> None:
+    file = put(user_file(), {"thing": entry(BLOCK=32)})
+    folder = file.parents[up]
+    folder.chmod(0o777)
+    assert refusal() == f"launch settings '{file}': others can write '{folder}': chmod go-w '{folder}'"
+    with pytest.raises(InputError, match=f"'{file}' cannot be written: others can write '{folder}'"):
+        launch.write(file, [])
+    assert "thing" in file.read_text()
+
+
+def test_the_repository_s_tables_are_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who installed them also installed the code."""
+    file = put(launch.REPOSITORY / "sm_90.json", {"thing": entry(BLOCK=32)})
+    file.chmod(0o666)
+    give_away(file, monkeypatch)
+    assert ask()["BLOCK"] == 32
+
+
+def test_a_written_table_is_in_a_folder_of_the_user_s_alone() -> None:
+    file = user_file()
+    launch.write(file, [launch.Entry("thing", {"BLOCK": 32}, "here", file)])
+    assert [folder.stat().st_mode & 0o777 for folder in (file.parents[1], file.parent)] == [0o700, 0o700]
+    launch.reload()
+    assert ask()["BLOCK"] == 32
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(user_file(), {"thing": entry(BLOCK=32)})
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(InputError, match=f"'{file}' cannot be written: No space left on device"):
+        launch.write(file, [])
+    assert list(file.parent.iterdir()) == [file]
+    assert ask()["BLOCK"] == 32
 
 
 def test_a_named_table_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import give_away
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import ImagePool, open_pool
-from cxgrad_fast.data.cache import cached
+from cxgrad_fast.data.cache import Arrays, cached, is_array
 from cxgrad_fast.episodes import EpisodeSampler, Upcoming
 
 SMALL = {"task.ways": 3, "task.shots": 2, "task.queries": 4, "model.image_size": 16}
@@ -69,7 +73,7 @@ class Built:
     def __init__(self) -> None:
         self.times = 0
 
-    def __call__(self) -> dict[str, np.ndarray]:
+    def __call__(self) -> Arrays:
         self.times += 1
         return {
             "images": (np.arange(50_000) % 251).astype(np.uint8).reshape(50, 1000),
@@ -77,7 +81,12 @@ class Built:
         }
 
 
-def check_whole(arrays: dict[str, np.ndarray]) -> None:
+def fits(arrays: Arrays) -> bool:
+    is_whole = is_array(arrays.get("images"), np.uint8, 50, 1000) and is_array(arrays.get("names"), np.uint8, None)
+    return is_whole and len(arrays) == 2
+
+
+def check_whole(arrays: Arrays) -> None:
     expected = Built()()
     assert arrays.keys() == expected.keys()
     for name, array in expected.items():
@@ -87,7 +96,7 @@ def check_whole(arrays: dict[str, np.ndarray]) -> None:
 
 def _store_and_delete(rounds: int) -> None:
     for _ in range(rounds):
-        arrays = cached("thing", "same", Built())
+        arrays = cached("thing", "same", Built(), fits)
         check_whole(arrays)
         for path in Path(os.environ["CXGRAD_CACHE"]).glob("*.npz"):
             path.unlink(missing_ok=True)
@@ -97,15 +106,15 @@ class TestCache:
     def test_equal_facts_are_built_once(self, cache: Path) -> None:
         build = Built()
         for _ in range(3):
-            check_whole(cached("thing", {"a": 1, "b": [2]}, build))
+            check_whole(cached("thing", {"a": 1, "b": [2]}, build, fits))
         assert build.times == 1
         assert len(list(cache.iterdir())) == 1
 
     @pytest.mark.parametrize(("name", "facts"), [("thing", {"a": 2}), ("other", {"a": 1})])
     def test_other_facts_are_built_anew(self, name: str, facts: object) -> None:
         build = Built()
-        cached("thing", {"a": 1}, build)
-        cached(name, facts, build)
+        cached("thing", {"a": 1}, build, fits)
+        cached(name, facts, build, fits)
         assert build.times == 2
 
     @pytest.mark.parametrize(
@@ -122,37 +131,150 @@ class TestCache:
     )
     def test_damaged_file_is_built_anew(self, cache: Path, damage: Callable[[bytes], bytes]) -> None:
         build = Built()
-        cached("thing", 1, build)
+        cached("thing", 1, build, fits)
         (path,) = cache.iterdir()
         path.write_bytes(damage(path.read_bytes()))
-        check_whole(cached("thing", 1, build))
+        check_whole(cached("thing", 1, build, fits))
         assert build.times == 2
-        check_whole(cached("thing", 1, build))
+        check_whole(cached("thing", 1, build, fits))
         assert build.times == 2
 
     def test_pickles_are_not_opened(self, cache: Path) -> None:
-        cached("thing", 1, Built())
+        cached("thing", 1, Built(), fits)
         (path,) = cache.iterdir()
         with open(path, "wb") as file:
             np.savez(file, images=np.array([{"an": "object"}], dtype=object))
-        check_whole(cached("thing", 1, Built()))
+        check_whole(cached("thing", 1, Built(), fits))
 
     def test_unwritable_folder_costs_one_line(self, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cache.write_text("a file stands where the folder should be")
         build = Built()
         for _ in range(2):
-            check_whole(cached("thing", 1, build))
+            check_whole(cached("thing", 1, build, fits))
         assert build.times == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"cannot write the cache folder '{cache}'" in line
+        assert line == f"cxgrad_fast: cannot use the cache folder '{cache}' (Not a directory): going on without"
 
     def test_failing_write_leaves_nothing_behind(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(file: object, **arrays: np.ndarray) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(np, "savez", full)
-        check_whole(cached("thing", 1, Built()))
+        check_whole(cached("thing", 1, Built(), fits))
         assert list(cache.iterdir()) == []
+
+    def test_full_disk_costs_one_line(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def full(file: object, **arrays: np.ndarray) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+        for _ in range(2):
+            check_whole(cached("thing", 1, Built(), fits))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert (
+            line == f"cxgrad_fast: cannot write the cache folder '{cache}' (No space left on device): going on without"
+        )
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"images": np.zeros((49, 1000), np.uint8)},
+            {"images": np.zeros((50, 1000, 1), np.uint8)},
+            {"images": np.zeros((50, 1000), np.int64)},
+            {"images": np.zeros((50, 1000), ">u2")},
+            {"names": np.array(0, np.uint8)},
+            {"names": np.array("ab")},
+            {"more": np.zeros(1)},
+        ],
+        ids=["rows", "dimensions", "type", "byte order", "number", "text", "more arrays"],
+    )
+    def test_other_arrays_are_built_anew(self, cache: Path, other: Arrays) -> None:
+        cached("thing", 1, Built(), fits)
+        (path,) = cache.iterdir()
+        with open(path, "wb") as file:
+            np.savez(file, **Built()() | other)  # type: ignore[arg-type]
+        build = Built()
+        for _ in range(2):
+            check_whole(cached("thing", 1, build, fits))
+        assert build.times == 1
+
+    def test_a_missing_array_is_built_anew(self, cache: Path) -> None:
+        cached("thing", 1, Built(), fits)
+        (path,) = cache.iterdir()
+        with open(path, "wb") as file:
+            np.savez(file, names=Built()()["names"])
+        check_whole(cached("thing", 1, Built(), fits))
+
+    @pytest.mark.parametrize("bits", [0o620, 0o602])
+    def test_a_file_that_others_can_write_is_built_anew(self, cache: Path, bits: int) -> None:
+        build = Built()
+        cached("thing", 1, build, fits)
+        (path,) = cache.iterdir()
+        path.chmod(bits)
+        cached("thing", 1, build, fits)
+        assert (build.times, path.stat().st_mode & 0o777) == (2, 0o600)
+
+    def test_a_file_of_somebody_else_s_is_built_anew(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        build = Built()
+        cached("thing", 1, build, fits)
+        (path,) = cache.iterdir()
+        give_away(path, monkeypatch)
+        cached("thing", 1, build, fits)
+        assert build.times == 2
+
+    def test_a_link_is_not_followed(self, cache: Path, tmp_path: Path) -> None:
+        build = Built()
+        cached("thing", 1, build, fits)
+        (path,) = cache.iterdir()
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        before = (tmp_path / "elsewhere").read_bytes()
+        cached("thing", 1, build, fits)
+        assert build.times == 2
+        assert not path.is_symlink()
+        assert (tmp_path / "elsewhere").read_bytes() == before
+
+    @pytest.mark.parametrize("bits", [0o770, 0o707])
+    def test_a_folder_that_others_can_write_is_not_used(
+        self, cache: Path, bits: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        build = Built()
+        cached("thing", 1, build, fits)
+        cache.chmod(bits)
+        for _ in range(2):
+            check_whole(cached("thing", 1, build, fits))
+            check_whole(cached("thing", 2, build, fits))
+        assert build.times == 5
+        assert len(list(cache.iterdir())) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"cxgrad_fast: cannot use the cache folder '{cache}' "
+            f"(others can write '{cache}': chmod go-w '{cache}'): going on without"
+        )
+
+    def test_a_pipe_is_built_anew(self, cache: Path) -> None:
+        """Nobody writes into it: opening it the usual way would wait for ever."""
+        cached("thing", 1, Built(), fits)
+        (path,) = cache.iterdir()
+        path.unlink()
+        os.mkfifo(path)
+        command = "import test_pool as t; t.check_whole(t.cached('thing', 1, t.Built(), t.fits))"
+        subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parent, check=True, timeout=100)
+        assert path.is_file()
+
+    def test_what_a_killed_process_left_goes(self, cache: Path) -> None:
+        command = (
+            "import os, signal, numpy as np, test_pool as t\n"
+            "np.savez = lambda file, **arrays: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "t.cached('thing', 1, t.Built(), t.fits)"
+        )
+        done = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parent, timeout=100)
+        assert done.returncode == -signal.SIGKILL
+        (left,) = cache.iterdir()
+        cached("other", 1, Built(), fits)
+        assert not left.exists()
 
     def test_two_processes_at_once(self, cache: Path) -> None:
         context = multiprocessing.get_context("spawn")  # fork may deadlock beside torch's threads
@@ -162,7 +284,7 @@ class TestCache:
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
-        assert not list(cache.glob("*.tmp"))
+        assert {path.suffix for path in cache.iterdir()} <= {".npz"}
 
     def test_where_it_lives(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))

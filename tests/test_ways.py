@@ -335,6 +335,24 @@ def test_bad_tables_are_refused_in_one_line(clock: Clock, folders: Path, content
     assert choice.report() == [str(refused.value)]
 
 
+def test_tables_that_others_can_write_are_refused(clock: Clock, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = put(user_file(folders), {"transpose": line("tasks")})
+    named = put(folders / "pins.json", {"second": line("tasks")})
+    for file in (cached, named):
+        monkeypatch.setenv(choice.VARIABLE, str(named) if file == named else "")
+        file.chmod(0o666)
+        choice.reload()
+        with pytest.raises(InputError) as refused:
+            clock.choose()
+        assert str(refused.value) == f"ways to convolve '{file}': others can write it: chmod go-w"
+        file.chmod(0o644)
+    cached.parent.chmod(0o777)  # what is measured is then known to this process alone
+    cached.unlink()
+    choice.reload()
+    assert clock.choose() == "grouped"
+    assert not cached.exists()
+
+
 def test_the_repository_s_tables() -> None:
     for file in launch.REPOSITORY.glob("*_ways.json"):
         assert file.name.removesuffix("_ways.json") in launch.ARCHITECTURES

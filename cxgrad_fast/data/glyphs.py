@@ -6,7 +6,6 @@ they belong to, is :mod:`cxgrad_fast.data.letters`.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import unicodedata
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import features
 
-from cxgrad_fast.data.cache import cached
-from cxgrad_fast.data.letters import INK, MASK, SPLITS, Arrays, font_files, letter_atlas
+from cxgrad_fast.data.cache import Arrays, cached, is_array
+from cxgrad_fast.data.letters import INK, MASK, SPLITS, font_digest, font_files, letter_atlas
 from cxgrad_fast.data.pool import ImagePool
 
 IMAGES_PER_CLASS = 24
@@ -60,7 +59,7 @@ def open_glyphs(split: str, size: int, variant: str = "default", root: str | Pat
     files = font_files(root)
     fonts = {
         "version": _VERSION,
-        "fonts": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
+        "fonts": [font_digest(path) for path in files],
         "freetype": features.version("freetype2"),
         "pillow": PIL.__version__,
         "unicode": unicodedata.unidata_version,
@@ -68,12 +67,12 @@ def open_glyphs(split: str, size: int, variant: str = "default", root: str | Pat
     }
 
     def draw() -> Arrays:
-        atlas = cached("glyphs-atlas", fonts, lambda: letter_atlas(files))
+        atlas = cached("glyphs-atlas", fonts, lambda: letter_atlas(files), _is_atlas)
         return _draw_split(atlas, split, size, variant)
 
     facts = {**fonts, "size": size, "variant": variant, "split": split}
-    arrays = cached(f"glyphs-{split}-{size}-{variant}", facts, draw)
-    names = tuple(bytes(arrays["names"]).decode().split("\n")) if len(arrays["names"]) else ()
+    arrays = cached(f"glyphs-{split}-{size}-{variant}", facts, draw, lambda arrays: _is_split(arrays, size))
+    names = _names(arrays["names"])
     return ImagePool(
         images=torch.from_numpy(arrays["images"]),
         labels=torch.arange(len(names)).repeat_interleave(IMAGES_PER_CLASS),
@@ -81,6 +80,31 @@ def open_glyphs(split: str, size: int, variant: str = "default", root: str | Pat
         split=split,
         source=f"glyphs ({variant})" + (f" {root}" if root else ""),
     )
+
+
+def _is_atlas(arrays: Arrays) -> bool:
+    """Whether arrays are :func:`letter_atlas`'s."""
+    if arrays.keys() != {"masks", "letter", "klass", "split"}:
+        return False
+    pairs = arrays["split"].size
+    are_numbers = all(is_array(arrays[name], np.int64, pairs) for name in ("letter", "klass", "split"))
+    return are_numbers and is_array(arrays["masks"], np.uint8, pairs, MASK, MASK)
+
+
+def _is_split(arrays: Arrays, size: int) -> bool:
+    """Whether arrays are :func:`_draw_split`'s."""
+    if arrays.keys() != {"images", "names"} or not is_array(arrays["names"], np.uint8, None):
+        return False
+    try:
+        count = len(_names(arrays["names"])) * IMAGES_PER_CLASS
+    except UnicodeDecodeError:
+        return False
+    return is_array(arrays["images"], np.uint8, count, size, size, 3)
+
+
+def _names(lines: np.ndarray) -> tuple[str, ...]:
+    """The class names in a split's ``names``."""
+    return tuple(bytes(lines).decode().split("\n")) if len(lines) else ()
 
 
 def _draw_split(atlas: Arrays, split: str, size: int, variant: str) -> Arrays:

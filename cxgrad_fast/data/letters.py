@@ -11,13 +11,15 @@ import contextlib
 import hashlib
 import sys
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cxgrad_fast.config import InputError
+from cxgrad_fast.data.cache import Arrays
+from cxgrad_fast.files import open_regular, sha256
 
 MASK, INK = 64, 56  # a mask's side and the longer side of its ink
 SPLITS = ("train", "val", "test")
@@ -26,6 +28,7 @@ _SHARES = (0.64, 0.16, 0.20)  # of the classes, by split
 _CATEGORIES = {"Lu", "Ll", "Lo", "Lt"}  # not Lm: modifier letters are small copies of others
 _FACES_AT_LEAST = 8
 _EM = 96  # pixels a letter is drawn at, before its ink is fitted into a mask
+_WIDEST = 64 * _EM  # no letter is so wide or high
 _BOX = 32  # side of the box that ink is stretched to when shapes are compared
 
 # overlap (intersection over union) of stretched shapes in more than half of the faces that have both, or in any face
@@ -35,8 +38,6 @@ _LIKE_DIGIT, _LIKE_DIGIT_ANYWHERE = 0.70, 0.78
 _LIKE_HANDWRITTEN_DIGIT = "ZzƷʒSsƼƽbgq"  # of any font's digits these differ more than of what hands write
 
 _NO_PAIRS = np.zeros((0, 2), dtype=np.int64)
-
-Arrays = dict[str, np.ndarray]
 
 
 def font_files(root: str | Path) -> list[Path]:
@@ -56,32 +57,62 @@ def font_files(root: str | Path) -> list[Path]:
     return files
 
 
+def font_digest(path: Path) -> str:
+    """The SHA-256 of a font file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with _reading(path), open_regular(path) as file:
+        return sha256(file)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what FreeType, through Pillow and matplotlib, says of a damaged font into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, OverflowError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"cannot read the font '{path}' ({reason}): replace it or delete it") from None
+
+
 class _Face:
-    """One font: the letters it has, and the ink of any of its characters."""
+    """One font: the letters it has, and the ink of any of its characters.
+
+    Raises:
+        InputError: the font cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         from matplotlib.ft2font import FT2Font
 
-        try:
+        self._path = path
+        with _reading(path):
             mapped = set(FT2Font(str(path)).get_charmap())
             self.letters = sorted(code for code in mapped if unicodedata.category(chr(code)) in _CATEGORIES)
             self._mapped = mapped
             if self.letters:  # bitmap fonts without letters cannot be opened at this size, and need not be
                 self._font = ImageFont.truetype(path, _EM, layout_engine=ImageFont.Layout.BASIC)
                 self._missing = self._drawn(next(code for code in range(0xE000, sys.maxunicode) if code not in mapped))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot read the font '{path}' ({error}): replace it or delete it") from None
 
     def ink(self, code: int) -> Image.Image | None:
-        """What a character looks like, cut to its ink, 8-bit grey; None where the font draws none."""
+        """What a character looks like, cut to its ink, 8-bit grey; None where the font draws none.
+
+        Raises:
+            InputError: its outline is damaged.
+        """
         if code not in self._mapped:
             return None
-        drawn = self._drawn(code)
+        with _reading(self._path):
+            drawn = self._drawn(code)
         box = drawn.getbbox()
         return None if box is None or drawn == self._missing else drawn.crop(box)
 
     def _drawn(self, code: int) -> Image.Image:
         left, top, right, bottom = self._font.getbbox(chr(code))
+        if max(right - left, bottom - top) > _WIDEST:
+            raise ValueError(f"character U+{code:04X} is {right - left:.0f} x {bottom - top:.0f} pixels at size {_EM}")
         canvas = Image.new("L", (int(right - left), int(bottom - top)))
         ImageDraw.Draw(canvas).text((-left, -top), chr(code), fill=255, font=self._font)
         return canvas
@@ -155,7 +186,8 @@ def _stack(shapes: list[np.ndarray]) -> np.ndarray:
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of every shape of ``a`` with every one of ``b``: ``[A, B]``."""
     both = a @ b.T  # counts below 2 ** 24: exact in float32, in any order
-    overlap: np.ndarray = both / (a.sum(1)[:, None] + b.sum(1) - both)
+    either = a.sum(1)[:, None] + b.sum(1) - both
+    overlap: np.ndarray = np.divide(both, either, out=np.zeros_like(both), where=either > 0)  # faint ink leaves none
     return overlap
 
 

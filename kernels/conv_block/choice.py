@@ -211,7 +211,8 @@ def files(device: torch.device | None = None) -> list[Path]:
     if device.type != "cuda":
         return found
     shipped = launch.REPOSITORY / f"{launch.architecture()}_ways.json"
-    return found + [file for file in (_file(torch.cuda.get_device_name(device)), shipped) if file and file.exists()]
+    usual = (_file(torch.cuda.get_device_name(device)), shipped)
+    return found + [file for file in usual if file and os.path.exists(file)]  # not in a folder that cannot be entered
 
 
 def user_files() -> list[Path]:
@@ -245,7 +246,7 @@ def read(file: Path) -> list[Choice]:
     """The choices of a table.
 
     Raises:
-        InputError: the file cannot be read, is no JSON, or has a line that is no choice.
+        InputError: the file cannot be read, another user owns or can write it, or it has a line that is no choice.
     """
     return [_choice(file, key, fields) for key, fields in launch.read_lines(file, _WHAT).items()]
 
@@ -272,17 +273,21 @@ def write(file: Path, choices: Iterable[Choice]) -> None:
 def remember(choice: Choice) -> None:
     """Add to a table what was measured; where it cannot be written, this process alone knows."""
     try:
-        there = read(choice.file) if choice.file.exists() else []
+        there = read(choice.file) if os.path.exists(choice.file) else []
         write(choice.file, [*(other for other in there if other.key != choice.key), choice])
-    except (InputError, OSError):
+    except InputError:
         return
     _table.cache_clear()
 
 
 def forget() -> Iterator[Path]:
-    """Remove the user's tables, of every device; the files that were removed."""
+    """Remove the user's tables, of every device; the files that were removed.
+
+    Raises:
+        InputError: one cannot be removed.
+    """
     for file in user_files():
-        file.unlink()
+        launch.remove(file, _WHAT)
         yield file
     reload()
 
