@@ -13,8 +13,10 @@ import torch
 from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.cli import Parser, run_command
 from cxgrad_fast.config import InputError
+from cxgrad_fast.files import check_folder
 from cxgrad_fast.kernels import backends
 from cxgrad_fast.kernels.conv_block import choice
+from cxgrad_fast.printable import one_line
 
 _PACKAGES = (
     "cxgrad-fast",
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, settings = Parser("info", __doc__ or "").parse(argv)
     if settings:
         raise InputError(f"info takes no settings, got '--{next(iter(settings))}'")
-    print("\n".join(report()))
+    print("\n".join(map(one_line, report())))
     return 0
 
 
@@ -54,12 +56,14 @@ def report() -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("tf32", "bfloat16"):
         reason = backends.why_not_precision(name, "auto", device)
-        by_software = "yes, rounded in software" if backends.rounds_in_software(name, device) else "yes"
-        lines.append(_line(name, f"no: {reason}" if reason else by_software))
+        if reason:
+            lines.append(_line(name, f"no: {reason}"))
+        else:  # which the operators tell, where they are
+            by_software = backends.rounds_in_software(name, device)
+            lines.append(_line(name, "yes, rounded in software" if by_software else "yes"))
     lines += ["", "ways to convolve", *(f"  {line}" for line in choice.report())]
     lines += ["", "cache of decoded and rendered images, and of built operators"]
-    lines += [f"  {cache_folder() or 'none: set CXGRAD_CACHE to a folder'}"]
-    return lines
+    return [*lines, f"  {cache_state()}"]
 
 
 def package_version(name: str) -> str:
@@ -78,6 +82,20 @@ def cuda_state() -> str:
         return f"no: torch is built for CUDA {torch.version.cuda}, but finds no driver or no device"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"CUDA {torch.version.cuda}: {', '.join(names)}"
+
+
+def cache_state() -> str:
+    """The folder of the cache, and why it is not used if it is not."""
+    folder = cache_folder()
+    if folder is None:
+        return "none: set CXGRAD_CACHE to a folder"
+    try:
+        check_folder(folder)
+    except FileNotFoundError:
+        return f"{folder}, made at its first use"
+    except OSError as error:
+        return f"{folder}, not used: {error.strerror}"
+    return str(folder)
 
 
 def _line(name: str, text: str) -> str:

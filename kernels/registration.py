@@ -29,6 +29,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import torch
 
 from cxgrad_fast.kernels import building
+from cxgrad_fast.printable import one_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +48,7 @@ def load() -> tuple[str, Path | None]:
         path = building.library()
         torch.ops.load_library(path)
     except (building.BuildError, OSError) as error:
-        return " ".join(str(error).split()), None
+        return one_line(str(error)), None
     _library = torch.library.Library(NAMESPACE, "IMPL")
     for name, formula, fake in _declared:
         if formula is not None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxgrad_fast.config import InputError
+from cxgrad_fast.config import InputError, preset
 from cxgrad_fast.data import folder as folder_module
 from cxgrad_fast.data.folder import open_folder
+from cxgrad_fast.episodes import EpisodeSampler
 
 SIZE = 12
 
@@ -90,6 +91,26 @@ class TestLayout:
     def test_home_folder(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(root.parent))
         assert len(open_folder("train", SIZE, "~/images").labels) == 4
+
+    def test_names_that_no_terminal_can_show(self, root: Path) -> None:
+        """Bytes that are no UTF-8, and control characters, are taken, and shown as escapes."""
+        strange = root.rename(root.parent / os.fsdecode(b"caf\xe9\nred\x1b"))
+        (strange / "train" / "bee").rename(strange / "train" / os.fsdecode(b"b\xff"))
+        first, second = (open_folder("train", SIZE, strange) for _ in range(2))
+        assert first.class_names == ("ant", "b\udcff")
+        assert first.source == rf"folder {root.parent}/caf\udce9 red\x1b"
+        assert first.fingerprint() == second.fingerprint()
+        with pytest.raises(InputError) as caught:
+            EpisodeSampler(first, preset("glyphs-5w1s", {"task.ways": 2}))
+        assert rf"class 'ant' of folder {root.parent}/caf\udce9 red\x1b, split" in str(caught.value)
+        (strange / "train" / os.fsdecode(b"b\xff") / "0.jpg").write_bytes(b"no image")
+        with pytest.raises(InputError) as caught:
+            open_folder("train", SIZE, strange)
+        shown = rf"{root.parent}/caf\udce9 red\x1b/train/b\udcff/0.jpg"
+        assert (
+            str(caught.value)
+            == f"cannot read the image '{shown}' (it is no JPEG or PNG image): replace it or delete it"
+        )
 
 
 class TestDecoding:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import require_cpp
+from helpers import give_away, require_cpp
 
 from cxgrad_fast import info
 from cxgrad_fast.cli import run_command
@@ -37,6 +37,31 @@ def test_it_tells_versions_devices_and_every_backend(monkeypatch, capsys, tmp_pa
     assert "  cpp           yes, AVX2, /a/file.so" in info.report()
     assert any(line.startswith("  cpu ") and line.endswith(f"{torch.get_num_threads()} threads") for line in lines)
     assert f"  {cache}" in lines
+
+
+def test_it_tells_why_the_cache_is_not_used(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("CXGRAD_CACHE", str(folder := tmp_path / "cache"))
+    assert info.report()[-1] == f"  {folder}, made at its first use"
+    folder.mkdir()
+    assert info.report()[-1] == f"  {folder}"
+    folder.chmod(0o777)
+    assert info.report()[-1] == f"  {folder}, not used: others can write '{folder}': chmod go-w '{folder}'"
+    give_away(folder, monkeypatch)
+    assert info.report()[-1] == f"  {folder}, not used: '{folder}' belongs to another user, number 65534"
+    monkeypatch.setenv("CXGRAD_CACHE", str(tmp_path / "dangling"))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    assert info.report()[-1] == f"  {tmp_path}/dangling, made at its first use"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_no_terminal_can_show(encoding) -> None:
+    """Bytes that are no UTF-8, and control characters, in the cache's name and in why the operators are not there."""
+    environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict", "CXGRAD_CACHE": "/proc/a\udcff\nb\x1b"}
+    command = [sys.executable, "-m", "cxgrad_fast.info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == r"  /proc/a\udcff b\x1b, made at its first use"
+    assert r"no: cannot build in '/proc/a\udcff b\x1b/operators' (No such file or directory); CXGRAD_" in done.stdout
 
 
 def test_it_tells_which_precisions_are_for_this_machine(monkeypatch) -> None:

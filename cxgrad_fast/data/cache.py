@@ -15,6 +15,7 @@ import numpy as np
 
 from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.files import open_own, own_folder, write_whole
+from cxgrad_fast.printable import one_line
 
 Arrays = dict[str, np.ndarray]
 
@@ -85,4 +86,4 @@ def _read_entry(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    print(f"cxgrad_fast: {message}", file=sys.stderr)
+    print(one_line(f"cxgrad_fast: {message}"), file=sys.stderr)

@@ -17,6 +17,7 @@ from cxgrad_fast.config import InputError
 from cxgrad_fast.data.cache import Arrays, cached, is_array
 from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.files import open_regular
+from cxgrad_fast.printable import one_line
 
 _DECODER = 2  # raise when _decode changes: cached images are then made anew
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -59,7 +60,8 @@ def open_folder(split: str, size: int, root: str | Path) -> ImagePool:
 
     arrays = cached(f"folder-{split}-{size}", facts, lambda: {"images": _decode_all(files, size)}, fits)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in classes.values()])
-    return ImagePool(torch.from_numpy(arrays["images"]), torch.from_numpy(labels), names, split, f"folder {root}")
+    source = one_line(f"folder {root}")
+    return ImagePool(torch.from_numpy(arrays["images"]), torch.from_numpy(labels), names, split, source)
 
 
 def _split_folder(root: Path, split: str) -> Path:

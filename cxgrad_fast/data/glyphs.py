@@ -19,6 +19,7 @@ from PIL import features
 from cxgrad_fast.data.cache import Arrays, cached, is_array
 from cxgrad_fast.data.letters import INK, MASK, SPLITS, font_digest, font_files, letter_atlas
 from cxgrad_fast.data.pool import ImagePool
+from cxgrad_fast.printable import one_line
 
 IMAGES_PER_CLASS = 24
 VARIANTS = ("default", "hard")
@@ -78,7 +79,7 @@ def open_glyphs(split: str, size: int, variant: str = "default", root: str | Pat
         labels=torch.arange(len(names)).repeat_interleave(IMAGES_PER_CLASS),
         class_names=names,
         split=split,
-        source=f"glyphs ({variant})" + (f" {root}" if root else ""),
+        source=one_line(f"glyphs ({variant})" + (f" {root}" if root else "")),
     )
 
 

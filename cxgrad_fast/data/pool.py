@@ -20,7 +20,7 @@ class ImagePool:
         labels: ``[N]`` int64, sorted, each in ``[0, len(class_names))``; every class has at least one image.
         class_names: one name a class, in label order.
         split: ``train``, ``val`` or ``test``.
-        source: where the images come from, for messages (``glyphs``, ``folder /data/mini_imagenet``).
+        source: where the images come from, for messages (``glyphs``, ``folder /data/mini_imagenet``), printable.
 
     Raises:
         InputError: no images at all.
