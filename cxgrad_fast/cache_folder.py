@@ -1,6 +1,7 @@
 """Where everything lives that may be made again: decoded and drawn images, built operators.
 
-``$CXGRAD_CACHE``, else ``$XDG_CACHE_HOME/cxgrad_fast``, else ``~/.cache/cxgrad_fast``; may be deleted at any time.
+``$CXGRAD_CACHE``, else ``$XDG_CACHE_HOME/cxgrad_fast``, else ``~/.cache/cxgrad_fast``; may be deleted at any time. What
+is there is looked at before it is used (:mod:`cxgrad_fast.files`).
 """
 
 from __future__ import annotations

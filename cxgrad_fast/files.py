@@ -14,6 +14,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +24,7 @@ _UNFINISHED = ".unfinished-"  # in the name of a file that is being written
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system without locks answers
 
 
-def open_regular(path: Path, largest: int = LARGEST) -> IO[bytes]:
+def open_regular(path: Path, largest: int = LARGEST) -> BufferedReader:
     """Open a regular file to read it, whoever owns it; links are followed.
 
     Args:
@@ -41,7 +42,7 @@ def open_regular(path: Path, largest: int = LARGEST) -> IO[bytes]:
     return _open(path, check, follow=True)
 
 
-def open_own(path: Path, follow: bool = False) -> IO[bytes]:
+def open_own(path: Path, follow: bool = False) -> BufferedReader:
     """Open a regular file to read it, which belongs to the user or to root and which nobody else can write.
 
     Args:
@@ -61,7 +62,7 @@ def open_own(path: Path, follow: bool = False) -> IO[bytes]:
     return _open(path, check, follow)
 
 
-def _open(path: Path, check: Callable[[os.stat_result], None], follow: bool) -> IO[bytes]:
+def _open(path: Path, check: Callable[[os.stat_result], None], follow: bool) -> BufferedReader:
     check(os.stat(path, follow_symlinks=follow))  # before it is opened, which has effects on some devices
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     descriptor = os.open(path, flags)
@@ -143,7 +144,7 @@ def read_own(path: Path, follow: bool = False) -> bytes:
         return file.read()
 
 
-def sha256(file: IO[bytes]) -> str:
+def sha256(file: BufferedReader) -> str:
     """The SHA-256 of an open file's content, in hexadecimal."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 

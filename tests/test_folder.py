@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +165,25 @@ class TestDecoding:
         (image,) = open_folder("test", 256, root).images.numpy()
         exact = [(2 * x * 255 + 65535) // (2 * 65535) for x in range(65536)]  # x * 255 / 65535, rounded
         np.testing.assert_array_equal(image, np.repeat(np.array(exact).reshape(256, 256, 1), 3, axis=2))
+
+    @pytest.mark.parametrize("mode", ["RGB", "LA", "RGBA"])
+    def test_widened_colours_give_the_bytes_of_their_8_bits(self, root: Path, mode: str) -> None:
+        image = picture(3, mode)
+        save(root / "test" / "only" / "8.png", image)
+        pixels = np.asarray(image).astype(">u2") * 257
+        header = struct.pack(">IIBBBBB", *image.size, 16, {"RGB": 2, "LA": 4, "RGBA": 6}[mode], 0, 0, 0)
+        lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)  # each with its filter, none
+        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+        (root / "test" / "only" / "16.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(
+                struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+                for name, data in chunks
+            )
+        )
+        wide, narrow = open_folder("test", SIZE, root).images.numpy()
+        np.testing.assert_array_equal(wide, narrow)
+        np.testing.assert_array_equal(narrow, decoded(root / "test" / "only" / "8.png"))
 
     def test_older_pillow_s_16_bit_grey(self) -> None:
         values = np.array([[0, 128, 129, 65535]], dtype=np.int32)

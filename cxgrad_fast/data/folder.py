@@ -137,9 +137,8 @@ def _decode(path: Path, size: int) -> np.ndarray:
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
-            if image.mode not in _EIGHT_BITS:
-                image = _eight_bits(image)
-            return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+            narrow = image if image.mode in _EIGHT_BITS else _eight_bits(image)
+            return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
     except Exception as error:  # Pillow's decoders raise many kinds at a damaged file
         raise _unreadable(path, error) from None
 
