@@ -23,6 +23,7 @@ from golden_rules import oracle
 from torch import Tensor
 
 from cxgrad_fast import InputError, released
+from cxgrad_fast.printable import one_line
 
 SIDES: dict[str, Callable[[Golden], Arrays | None]] = {"oracle": oracle, "engine": engine}
 LOSS_BOUND, GRADIENT_BOUND = 1e-9, 1e-7
@@ -126,7 +127,8 @@ def _error(found: Tensor, expected: Tensor, scale: float) -> float:
 def report(file: Golden, rows: Sequence[Row]) -> str:
     """A table of the errors."""
     x = file.episodes.support_x
-    lines = [f"{file.path}: {file.algorithm}, {len(x)} tasks of {x.shape[1]} images, {'x'.join(map(str, x.shape[2:]))}"]
+    size = "x".join(map(str, x.shape[2:]))
+    lines = [one_line(f"{file.path}: {file.algorithm}, {len(x)} tasks of {x.shape[1]} images, {size}")]
     width = max(len(row.key) for row in rows)
     lines.append(f"  {'array':{width}}   bound  " + "  ".join(f"{name:>8}" for name in SIDES))
     for row in rows:
@@ -134,7 +136,8 @@ def report(file: Golden, rows: Sequence[Row]) -> str:
         remarks = ["zero but for rounding"] if row.vanishing else []
         remarks += ["ABOVE ITS BOUND"] if row.is_outside else []
         remarks += ["not compared"] if not row.errors else []
-        lines.append(f"  {row.key:{width}}   {row.bound:.0e}  {'  '.join(cells)}  {', '.join(remarks)}".rstrip())
+        line = f"  {row.key:{width}}   {row.bound:.0e}  {'  '.join(cells)}  {', '.join(remarks)}"
+        lines.append(one_line(line.rstrip()))
     return "\n".join(lines)
 
 
@@ -153,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(report(file, rows))
         outside = [row.key for row in rows if row.is_outside]
-        print(f"  {'above the bound: ' + ', '.join(outside) if outside else 'all within their bounds'}\n")
+        print(one_line(f"  above the bound: {', '.join(outside)}" if outside else "  all within their bounds") + "\n")
         code = max(code, 1 if outside else 0)
     return code
 

@@ -6,7 +6,6 @@ Sizes come from the arrays, settings from ``config``, names by the table of the 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast import Episodes, InputError, released
+from cxgrad_fast.printable import shown
 
 Arrays = dict[str, Tensor]
 _SETS = ("x_support", "y_support", "x_query", "y_query")
 _REQUIRED = object()
+LARGEST_SETTING = 1e9
 # the first word of an algorithm's name -> the tables of the programs that have it
 _TABLES: dict[str, tuple[released.Table, ...]] = {
     "cxgrad": (released.CXGRAD,),
@@ -79,8 +80,8 @@ class Golden:
             InputError: there is none, or it is no number.
         """
         found = self._said(keys, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-            raise InputError(f"{self.path}: '{keys[0]}' of its config must be a number, got {found!r}")
+        if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < LARGEST_SETTING:
+            raise InputError(f"{self.path}: '{keys[0]}' of its config must be a number, got {shown(found)}")
         return found
 
     def whole(self, *keys: str, default: Any = _REQUIRED) -> int:
@@ -94,21 +95,21 @@ class Golden:
         """As :meth:`number`: true or false."""
         found = self._said((key,), default)
         if not isinstance(found, bool):
-            raise InputError(f"{self.path}: '{key}' of its config must be true or false, got {found!r}")
+            raise InputError(f"{self.path}: '{key}' of its config must be true or false, got {shown(found)}")
         return found
 
     def flags(self, key: str, count: int) -> list[bool]:
         """As :meth:`number`: so many of true or false."""
         found = self._said((key,), _REQUIRED)
         if not isinstance(found, list) or [type(each) for each in found] != [bool] * count:
-            raise InputError(f"{self.path}: '{key}' of its config must be {count} of true or false, got {found!r}")
+            raise InputError(f"{self.path}: '{key}' of its config must be {count} of true or false, got {shown(found)}")
         return found
 
     def texts(self, key: str) -> list[str]:
         """As :meth:`number`: a list of words."""
         found = self._said((key,), _REQUIRED)
         if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-            raise InputError(f"{self.path}: '{key}' of its config must be a list of words, got {found!r}")
+            raise InputError(f"{self.path}: '{key}' of its config must be a list of words, got {shown(found)}")
         return found
 
     def text(self, key: str, default: str) -> str:
@@ -143,7 +144,7 @@ def read(path: str | Path) -> Golden:
             raise InputError(f"{path}: '{key}' must hold numbers, got {array.dtype}")
     algorithm = str(config.get("algorithm") or ("cxgrad" if config.get("contextual") else "maml"))
     if algorithm.split("_")[0] not in _TABLES:
-        raise InputError(f"{path}: unknown algorithm '{algorithm}': known are {', '.join(_TABLES)}")
+        raise InputError(f"{path}: unknown algorithm {shown(algorithm)}: known are {', '.join(_TABLES)}")
     episodes = _episodes(path, stored)
     batches = _batches(path, stored.pop("batches", np.zeros((len(episodes), 0, 0), np.int64)), episodes)
 
@@ -152,7 +153,7 @@ def read(path: str | Path) -> Golden:
     table = _table(path, algorithm, config, theirs)
     names = released.ours(table)
     order = config.get("inner_parameters")
-    first = [name for name in order if name in theirs] if isinstance(order, list) else []
+    first = [name for name in order if isinstance(name, str) and name in theirs] if isinstance(order, list) else []
     given = {names[name]: _tensor(theirs[name]) for name in dict.fromkeys([*first, *theirs])}
     constants = {name: tensor for name, tensor in given.items() if name == "fixed_rates" or ".running_" in name}
     return Golden(
@@ -190,7 +191,7 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
 def _config(path: Path, array: np.ndarray) -> dict[str, Any]:
     try:
         config = json.loads(str(array))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise InputError(f"{path}: not a golden file: its 'config' is no JSON object")
@@ -225,18 +226,16 @@ def _batches(path: Path, array: np.ndarray, episodes: Episodes) -> Tensor:
 
 def _table(path: Path, algorithm: str, config: Mapping[str, Any], theirs: Mapping[str, object]) -> Mapping[str, str]:
     """Our names -> those of the program that has all of ``theirs``."""
-    tables = _TABLES[algorithm.split("_")[0]]
+    tables: list[Mapping[str, str]] = list(_TABLES[algorithm.split("_")[0]])
+    numbered = config.get("lr_of")  # learn2learn numbers its rates; the file says of which parameters they are
+    if isinstance(numbered, dict):
+        names = released.ours(tables[0])
+        tables = [tables[0] | {f"rates.{names.get(str(of), of)}": rate for rate, of in numbered.items()}]
     for table in tables:
         if set(theirs) <= set(table.values()):
-            break
-    else:
-        odd = next(name for name in theirs if name not in tables[0].values())
-        raise InputError(f"{path}: no program of {algorithm} has a parameter '{odd}'")
-    numbered = config.get("lr_of")  # learn2learn numbers its rates; the file says of what they are
-    if isinstance(numbered, dict):
-        names = released.ours(table)
-        table = table | {f"rates.{names[of]}": rate for rate, of in numbered.items() if of in names}
-    return table
+            return table
+    odd = next(name for name in theirs if name not in tables[0].values())
+    raise InputError(f"{path}: no program of {algorithm} has a parameter '{odd}'")
 
 
 def _tensor(array: np.ndarray) -> Tensor:

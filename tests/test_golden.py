@@ -206,6 +206,11 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "steps in words": (_config(steps="five"), "'steps' of its config must be a number, got 'five'"),
     "half a step": (_config(steps=0.5), "'steps' of its config must be a whole number from 0 on, got 0.5"),
     "endless rate": (_config(alpha=float("inf")), "'alpha' of its config must be a number, got inf"),
+    "a rate of hundreds of digits": (_config(alpha=10**400), "must be a number, got a number of 1329 bits"),
+    "a number that Python refuses": (_array("config", lambda _: np.array("[" + "1" * 5000)), "is no JSON object"),
+    "an algorithm of two lines": (_config(algorithm="a\nb"), "unknown algorithm 'a\\nb'"),
+    "deep config": (_array("config", lambda _: np.array("[" * 10**5)), "its 'config' is no JSON object"),
+    "numbers for names": (_config(inner_parameters=[[1], 2, "none"], steps="1"), "'steps' of its config must be"),
     "second order in words": (_config(second_order="yes"), "'second_order' of its config must be true or false"),
     "unknown parameter": (
         lambda arrays: arrays.update({"param/other.weight": np.ones(3)}),
@@ -239,6 +244,14 @@ def test_no_golden_file(fault: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert err.startswith(f"{path}: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_rates_of_parameters_that_there_are_not(tmp_path: Path) -> None:
+    arrays = stored("metasgd_shown")
+    for said in ({"lrs.0": ["module.classifier.weight"]}, {"lrs.0": "module.classifier.bias"}):
+        config = json.loads(str(arrays["config"])) | {"lr_of": said}
+        file = written(tmp_path / "file.npz", arrays | {"config": np.array(json.dumps(config))})
+        assert golden.main([str(file)]) == 2
 
 
 def test_batches_of_reptile(tmp_path: Path) -> None:
