@@ -46,7 +46,7 @@ setup(
     packages=[*own, *kernels, "cxgrad_fast.csrc"],
     package_dir={"cxgrad_fast.kernels": "kernels", "cxgrad_fast.csrc": "csrc"},
     package_data={
-        "cxgrad_fast": ["py.typed"],
+        "cxgrad_fast": ["py.typed", "presets/*.toml"],
         "cxgrad_fast.csrc": ["*.cpp", "*.h"],
         "cxgrad_fast.kernels": ["launch_tables/*.json"],
     },

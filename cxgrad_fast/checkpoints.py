@@ -133,7 +133,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"checkpoint '{path}' is damaged: its content does not match its SHA-256, use another one")
     names = {spec.name for spec in dataclasses.fields(Checkpoint)}
     values = {name: value for name, value in content.items() if name in names}
-    config = dataclasses.replace(Config().override(content["config"]), preset=content["preset"])
+    stated = content["config"]
+    # a checkpoint of before each algorithm had its own settings holds those of all
+    config = Config().override(stated, {"inner.algorithm": stated.get("inner.algorithm", "cxgrad")})
+    config = dataclasses.replace(config, preset=content["preset"])
     return Checkpoint(**values | {"config": config, "best": tuple(Best(*best) for best in content["best"])})
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cxgrad_fast.config import PRESETS, Config, InputError, from_toml, preset
+from cxgrad_fast.config import ALGORITHMS, PRESETS, Config, InnerConfig, InputError, all_settings, from_toml, preset
 from cxgrad_fast.near_words import advice
 from cxgrad_fast.printable import one_line, shown
 
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self._settings = [] if defaults is None else list(defaults.flat())
+        self._settings = [] if defaults is None else list(all_settings())
 
     def error(self, message: str) -> NoReturn:
         raise InputError(one_line(message, 300))
@@ -124,7 +124,7 @@ def build_config(
     stated = from_file.pop("preset", default)
     if not isinstance(stated, str):
         raise InputError(f"'preset' in the settings file '{file}' must be text, got {shown(stated)}")
-    return preset(stated if name is None else name, {**from_file, **settings})
+    return preset(stated if name is None else name, from_file, settings)
 
 
 def add_config_options(parser: argparse.ArgumentParser, default: str = DEFAULT_PRESET) -> None:
@@ -143,10 +143,23 @@ def _settings_help(config: Config) -> str:
         for spec in dataclasses.fields(values):
             value = getattr(values, spec.name)
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            choices = spec.metadata.get("choices")
+            choices = tuple(ALGORITHMS) if spec.name == "algorithm" else spec.metadata.get("choices")
             note = f"   ({' | '.join(map(str, filter(lambda c: c != '', choices)))})" if choices else ""
             lines.append(f"  --{group.name}.{spec.name} {shown}{note}")
+        if group.name == "inner":
+            lines += _other_algorithms(values)
     return "\n".join(lines)
+
+
+def _other_algorithms(inner: InnerConfig) -> list[str]:
+    """A line for each algorithm that has settings which the one shown does not have."""
+    shown = {spec.name for spec in dataclasses.fields(inner)}
+    lines = []
+    for name, kind in ALGORITHMS.items():
+        own = [f"--inner.{spec.name} {spec.default}" for spec in dataclasses.fields(kind) if spec.name not in shown]
+        if own:
+            lines.append(f"  with --inner.algorithm {name} also: {' '.join(own)}")
+    return lines
 
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

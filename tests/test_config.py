@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from cxgrad_fast import Config, InputError, preset
-from cxgrad_fast.config import PRESETS, from_toml
+from cxgrad_fast.config import PRESETS, MAMLConfig, from_toml
 from cxgrad_fast.printable import shown
 
 SETTINGS = sorted(Config().flat())
@@ -106,7 +106,7 @@ def test_released_presets_say_what_the_program_does() -> None:
         ("run.device", "cuda:-1", "setting 'run.device' takes auto, cpu or cuda"),
         ("run.device", "cuda:１", "setting 'run.device' takes auto, cpu or cuda"),
         ("run.device", "cpu\n", r"setting 'run.device' takes auto, cpu or cuda\[:index\], got 'cpu\\n'"),
-        ("inner.algorithm", "\x1b[31m", r"takes one of 'cxgrad', 'maml', got '\\x1b\[31m'"),
+        ("inner.algorithm", "\x1b[31m", r"takes one of 'cxgrad', .*'maml'.*, got '\\x1b\[31m'"),
         ("\x1b[31m" + "x" * 5000, 1, r"^unknown setting '\\x1b\[31mx{20,60}\.\.\.x{20,60}': did you mean"),
     ],
     ids=shown,
@@ -114,6 +114,43 @@ def test_released_presets_say_what_the_program_does() -> None:
 def test_bad_settings(name: str, value: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         preset("released-mini-5w1s", {name: value})
+
+
+def test_each_algorithm_has_its_own_settings() -> None:
+    assert preset("glyphs-5w1s", {"inner.algorithm": "fomaml"}).inner.order == 1
+    with pytest.raises(InputError, match=r"'inner.context_dim' belongs to cxgrad, not to maml .*which has 'inner"):
+        preset("glyphs-5w1s", {"inner.algorithm": "maml", "inner.context_dim": 3})
+    with pytest.raises(InputError, match=r"'inner.context_dim' belongs to cxgrad, not to maml"):
+        preset("glyphs-5w1s", {"inner.algorithm": "maml"}).override({"inner.context_dim": 3})
+    with pytest.raises(InputError, match="takes one of 1, got 2"):
+        preset("glyphs-5w1s", {"inner.algorithm": "fomaml", "inner.order": 2})
+    with pytest.raises(InputError, match="got 'mamel': did you mean 'maml'"):
+        preset("glyphs-5w1s", {"inner.algorithm": "mamel"})
+
+
+def test_a_layer_that_changes_the_algorithm() -> None:
+    """Words of the layers below that the new algorithm does not have are dropped, those it has stay."""
+    assert preset("paper-mini-5w1s", {"inner.algorithm": "maml"}).inner == MAMLConfig("maml")
+    lower = {"inner.context_dim": 3, "inner.steps": 2}
+    config = preset("glyphs-5w1s", lower, {"inner.algorithm": "maml"})
+    assert (config.inner.algorithm, config.inner.steps) == ("maml", 2)
+    with pytest.raises(InputError, match="belongs to cxgrad"):
+        preset("glyphs-5w1s", {"inner.algorithm": "maml"}, lower)
+    with pytest.raises(InputError, match=r"unknown setting 'inner.contxt_dim'"):
+        preset("glyphs-5w1s", {"inner.contxt_dim": 3}, {"inner.algorithm": "maml"})
+    # a Config does not say which of its values were named: what differs from the default was
+    changed = preset("glyphs-5w1s", {"inner.steps": 3, "inner.order": 1, "inner.learning_rate": 0.5})
+    assert changed.override({"inner.algorithm": "maml"}).inner == MAMLConfig("maml", 3, 1, 0.5)
+    assert preset("glyphs-5w1s", {"inner.order": 2}).override({"inner.algorithm": "fomaml"}).inner.order == 1
+
+
+def test_presets_are_settings_files() -> None:
+    """Each reads as ``--config`` reads a file, and each is based on presets that there are."""
+    for name, path in PRESETS.items():
+        settings = from_toml(path)
+        base = settings.pop("preset", None)
+        expected = preset(str(base), settings) if base else Config().override(settings)
+        assert dataclasses.replace(expected, preset=name) == preset(name)
 
 
 def test_settings_that_do_not_fit_together() -> None:

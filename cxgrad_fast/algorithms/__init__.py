@@ -8,7 +8,7 @@ from cxgrad_fast.models import Backbone
 
 __all__ = ["ALGORITHMS", "Algorithm", "Found", "Images", "Output", "State", "Support", "build_algorithm"]
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"cxgrad": CxGrad, "maml": MAML}
+ALGORITHMS: dict[str, type[Algorithm]] = {"cxgrad": CxGrad, "fomaml": MAML, "maml": MAML}
 
 
 def build_algorithm(config: Config, backbone: Backbone) -> Algorithm:

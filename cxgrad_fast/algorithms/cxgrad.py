@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Support, Tensors, cut, gradients_of
+from cxgrad_fast.config import CxGradConfig
 from cxgrad_fast.kernels import normalize_weights, scale_weights
 from cxgrad_fast.models import Parameter, own_linear
 
@@ -28,6 +29,8 @@ class CxGrad(Algorithm):
 
     With ``context_update = step``, every step starts from ``nu = 0`` and has a pass of its own to move it.
     """
+
+    config: CxGradConfig
 
     def parameters(self) -> dict[str, Parameter]:
         """The backbone, its head, and the two linear layers of g_phi in torch's default initialisation."""

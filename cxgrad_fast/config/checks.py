@@ -1,0 +1,65 @@
+"""Settings that must fit each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cxgrad_fast.config.fields import InputError
+from cxgrad_fast.printable import shown
+
+if TYPE_CHECKING:
+    from cxgrad_fast.config import Config
+
+_LARGEST_BATCH = 2**50  # numbers in a layer's output for all tasks at once: petabytes
+_RELEASED_TASKS = 2**32 - 10**6  # numpy's RandomState takes 32 bits, and the first task's seed is below a million
+
+
+def check_together(config: Config) -> None:
+    _check_sizes(config)
+    model = config.model
+    if len(model.pool_padding) != 4 or not set(model.pool_padding) <= {0, 1}:
+        raise InputError(
+            f"setting 'model.pool_padding' takes four of 0 or 1, one a block, got {shown(model.pool_padding)}"
+        )
+    if model.norm == "group" and model.filters % model.norm_groups:
+        raise InputError(
+            f"setting 'model.norm_groups' (={model.norm_groups}) must divide 'model.filters' (={model.filters})"
+        )
+    size = model.image_size
+    for block in range(4):
+        if model.backbone == "conv4":
+            size //= 2
+        elif block < 3 or model.pool_last:
+            size = (size + 2 * model.pool_padding[block]) // 2
+    if size < 1:
+        raise InputError(
+            f"setting 'model.image_size' (={model.image_size}) pools to nothing in {model.backbone}: use at least 16"
+        )
+    if config.data.source == "folder" and not config.data.root:
+        raise InputError(
+            "setting 'data.root' is needed with data.source = folder: the folder that holds train/ val/ test/"
+        )
+    if config.evaluation.statistics != "transductive" and model.norm != "batch":
+        raise InputError(
+            f"setting 'evaluation.statistics' (={config.evaluation.statistics}) needs model.norm = batch: "
+            f"norm = {model.norm} takes its statistics from each image alone"
+        )
+
+
+def _check_sizes(config: Config) -> None:
+    """That a batch of tasks can be counted, and that the released program's seeds last for all tasks."""
+    task, model, outer, evaluation = config.task, config.model, config.outer, config.evaluation
+    evaluated = max(evaluation.validation_tasks, evaluation.test_tasks)
+    tasks = max(outer.meta_batch, min(evaluation.tasks_per_batch, evaluated))
+    images = tasks * task.ways * (task.shots + task.queries)
+    if images * model.image_size**2 * max(model.channels, model.filters) > _LARGEST_BATCH:
+        raise InputError(
+            f"{tasks} tasks at once (outer.meta_batch, evaluation.tasks_per_batch) of {task.ways} ways, {task.shots} "
+            f"shots and {task.queries} queries, {model.image_size} pixels wide, need more memory than any machine has"
+        )
+    drawn = max(outer.iterations * outer.meta_batch, evaluated)
+    if config.data.sampler == "released" and drawn > _RELEASED_TASKS:
+        raise InputError(
+            f"data.sampler = released has seeds for {_RELEASED_TASKS} tasks, outer.iterations (={outer.iterations}) x "
+            f"outer.meta_batch (={outer.meta_batch}) are more: use data.sampler = counter"
+        )

@@ -1,0 +1,64 @@
+"""The settings of the algorithms: one class each, and one row of :data:`ALGORITHMS`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from cxgrad_fast.config.fields import at_least, choice
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """The inner loop (adaptation): what every algorithm has."""
+
+    algorithm: str
+    steps: int = field(default=5, metadata=at_least(0, 100_000))
+    order: int = field(default=2, metadata=choice(1, 2))  # of the meta-gradient
+    learning_rate: float = field(default=0.01, metadata=at_least(0))  # alpha
+
+
+@dataclass(frozen=True)
+class MAMLConfig(InnerConfig):
+    """MAML (Finn et al. 2017)."""
+
+
+@dataclass(frozen=True)
+class FOMAMLConfig(InnerConfig):
+    """First-order MAML (Finn et al. 2017, section 5.2): the inner gradients are constants."""
+
+    order: int = field(default=1, metadata=choice(1))
+
+
+@dataclass(frozen=True)
+class CxGradConfig(InnerConfig):
+    """CxGrad (Lee, Lee, Song 2022)."""
+
+    context_dim: int = field(default=100, metadata=at_least(1, 100_000))  # of nu, and of the scaler's hidden layer
+    context_learning_rate: float = field(default=1.0, metadata=at_least(0))  # beta
+    # task: nu accumulates over the steps; step: nu starts from zero, with its own first pass, in every step
+    context_update: str = field(default="task", metadata=choice("task", "step"))
+    # of the gradient that moves nu away from zero: 1 is what the released program does, 2 how one may read the paper
+    initial_context_order: int = field(default=1, metadata=choice(1, 2))
+    # exact: unit-norm weight and epsilon / gamma^2 (docs/math.md); scaled: the weight gamma * w / |w| itself
+    form: str = field(default="exact", metadata=choice("exact", "scaled"))
+
+
+ALGORITHMS: dict[str, type[InnerConfig]] = {"cxgrad": CxGradConfig, "fomaml": FOMAMLConfig, "maml": MAMLConfig}
+
+
+def owners(word: str) -> list[str]:
+    """The algorithms that have a setting ``inner.<word>``."""
+    return [name for name, kind in ALGORITHMS.items() if word in {spec.name for spec in dataclasses.fields(kind)}]
+
+
+def carried(inner: InnerConfig, algorithm: str) -> InnerConfig:
+    """The settings of another algorithm: its defaults, and what was changed of those words that both have."""
+    new = ALGORITHMS[algorithm](algorithm)
+    kept = {}
+    for spec in dataclasses.fields(new):
+        value = getattr(inner, spec.name, spec.default)
+        changed = spec.name != "algorithm" and value != getattr(type(inner)(inner.algorithm), spec.name, spec.default)
+        if changed and value in spec.metadata.get("choices", (value,)):
+            kept[spec.name] = value
+    return dataclasses.replace(new, **kept)
