@@ -74,7 +74,7 @@ def weight_gradient(case: Case, **settings: str) -> Tensor:
 
 def _adapted(case: Case, overrides: dict[str, object], settings: dict[str, str]) -> State:
     given = {name.replace("__", "."): value for name, value in settings.items()}
-    learner = Learner(preset("released-mini-5w1s", case.overrides | overrides | given))
+    learner = Learner(preset("released-mini-5w1s", case.overrides, overrides, given))
     parameters = {name: tensor.to(learner.dtype) for name, tensor in case.parameters.items()}
     with learner._operators():
         return learner.engine.adapted(parameters, case.x.to(learner.dtype), case.y, "transductive", {}).state

@@ -253,7 +253,7 @@ def _cost(config: Config, dense: bool) -> Cost:
     parts: list[Part] = []
     for layer in network:
         context_weights = dense and isinstance(layer, Layer) and layer.scaled
-        again = context if second and inner.initial_context_order == 2 else 0
+        again = context if context and second and inner.initial_context_order == 2 else 0
         phases = [
             ("context pass", context, layer.forward() + layer.backward(context_weights)),
             ("support passes", inner.steps, layer.forward() + layer.backward(True)),

@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def config_of(**overrides: Any) -> Config:
     """A small float64 Config; double underscores are dots: ``config_of(inner__steps=2)``."""
-    small = {
+    small: dict[str, object] = {
         "task.queries": 3,
         "model.filters": 4,
         "model.image_size": 21,
@@ -33,7 +33,7 @@ def config_of(**overrides: Any) -> Config:
         "run.precision": "float64",
         "run.device": "cpu",
     }
-    return preset("released-mini-5w1s", small | {name.replace("__", "."): v for name, v in overrides.items()})
+    return preset("released-mini-5w1s", small, {name.replace("__", "."): v for name, v in overrides.items()})
 
 
 def random_episodes(config: Config, tasks: int = 2, seed: int = 0) -> Episodes:
@@ -141,7 +141,12 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], Config, Episodes]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file.files}
     said = json.loads(str(arrays.pop("config")))
+    contextual = {
+        "inner__context_learning_rate": said["beta"],
+        "inner__context_dim": said["context_dim"],
+    }
     config = config_of(
+        **(contextual if said["contextual"] else {}),
         task__ways=said["ways"],
         task__shots=said["shots"],
         task__queries=said["queries_per_class"],
@@ -152,8 +157,6 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], Config, Episodes]:
         inner__algorithm="cxgrad" if said["contextual"] else "maml",
         inner__steps=said["steps"],
         inner__learning_rate=said["alpha"],
-        inner__context_learning_rate=said["beta"],
-        inner__context_dim=said["context_dim"],
         inner__order=2 if said["second_order"] else 1,
     )
     keys = ("x_support", "y_support", "x_query", "y_query")
