@@ -16,7 +16,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_golden_on_cuda(name: str, form: str) -> None:
     """The released program's numbers in float64, as on the CPU."""
     arrays, config, episodes = golden(name)
-    learner = Learner(config.override({"inner.form": form} if config.inner.algorithm == "cxgrad" else {}, {"run.device": "cuda"}))
+    learner = Learner(
+        config.override({"inner.form": form} if config.inner.algorithm == "cxgrad" else {}, {"run.device": "cuda"})
+    )
     learner.load_released({key[6:]: value for key, value in arrays.items() if key.startswith("param/")})
     out = learner.meta_loss(episodes)
     trace = torch.cat([out.support_losses, out.query_losses[:, None].detach()], 1).cpu()

@@ -142,7 +142,9 @@ def unasked(config: Config) -> int:
     contexts = {"task": 1, "step": inner.steps}[inner.context_update] if inner.algorithm == "cxgrad" else 0
     for layer in roofline.layers(config):
         if isinstance(layer, Layer) and layer.on_images:
-            differentiated = inner.steps + (contexts if contexts and layer.scaled and inner.initial_context_order == 2 else 0)
+            differentiated = inner.steps + (
+                contexts if contexts and layer.scaled and inner.initial_context_order == 2 else 0
+            )
             units += differentiated * layer.unit
     return units * config.task.ways * config.task.shots
 
@@ -161,7 +163,7 @@ def test_the_engine_never_needs_more(case: str) -> None:
     )
     inner, saved = config.inner, 0
     contexts = {"task": 1, "step": inner.steps}[inner.context_update] if inner.algorithm == "cxgrad" else 0
-    again = contexts and inner.order == 2 and inner.initial_context_order == 2 and inner.steps > 0
+    again = bool(contexts) and inner.order == 2 and inner.initial_context_order == 2 and inner.steps > 0
     for layer in roofline.layers(config):
         if isinstance(layer, Layer) and layer.scaled and not layer.closed:
             # first: wgrad; again: conv(x, W) and, but on images, dgrad(dy, W), with the framework's unasked one there

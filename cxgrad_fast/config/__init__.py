@@ -69,7 +69,7 @@ class Config:
             if "inner.algorithm" in layer:
                 chooser, algorithm = index, _algorithm(layer["inner.algorithm"])
         inner = self.inner if algorithm == self.inner.algorithm else carried(self.inner, algorithm)
-        known = _known(type(inner))
+        known = _known(algorithm)
         groups: dict[str, dict[str, object]] = {"inner": {}}
         for index, layer in enumerate(layers):
             for name, value in layer.items():
@@ -80,7 +80,7 @@ class Config:
                 elif index >= chooser or name not in all_settings():
                     raise InputError(_unknown(name, algorithm))
         groups["inner"]["algorithm"] = algorithm
-        replaced = {
+        replaced: dict[str, Any] = {
             group: dataclasses.replace(inner if group == "inner" else getattr(self, group), **values)
             for group, values in groups.items()
         }
@@ -91,7 +91,7 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """All settings as ``{dotted name: value}``, tuples as lists: what checkpoints and TOML files hold."""
         values = {
-            name: getattr(getattr(self, spec[0]), spec[1].name) for name, spec in _known(type(self.inner)).items()
+            name: getattr(getattr(self, spec[0]), spec[1].name) for name, spec in _known(self.inner.algorithm).items()
         }
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -125,17 +125,17 @@ def preset(name: str, *layers: Mapping[str, object] | None) -> Config:
 @functools.cache
 def all_settings() -> tuple[str, ...]:
     """The dotted names of all settings of all algorithms."""
-    return tuple(dict.fromkeys(name for kind in ALGORITHMS.values() for name in _known(kind)))
+    return tuple(dict.fromkeys(name for algorithm in ALGORITHMS for name in _known(algorithm)))
 
 
 @functools.cache
-def _known(inner: type[InnerConfig]) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
+def _known(algorithm: str) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
     """The settings under one algorithm: dotted name -> group, field, type."""
     known = {}
     for group in dataclasses.fields(Config):
         if group.name == "preset":
             continue
-        kind: Any = inner if group.name == "inner" else group.default_factory
+        kind: Any = ALGORITHMS[algorithm] if group.name == "inner" else group.default_factory
         types = typing.get_type_hints(kind)
         for spec in dataclasses.fields(kind):
             known[f"{group.name}.{spec.name}"] = (group.name, spec, types[spec.name])
@@ -151,7 +151,7 @@ def _algorithm(value: object) -> str:
 
 
 def _unknown(name: object, algorithm: str) -> str:
-    known = _known(ALGORITHMS[algorithm])
+    known = _known(algorithm)
     if name in all_settings():
         whose = ", ".join(owners(str(name).partition(".")[2]))
         near = nearest(str(name), [other for other in known if other.startswith("inner.")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from cxgrad_fast.config.fields import at_least, choice
 
@@ -55,7 +56,7 @@ def owners(word: str) -> list[str]:
 def carried(inner: InnerConfig, algorithm: str) -> InnerConfig:
     """The settings of another algorithm: its defaults, and what was changed of those words that both have."""
     new = ALGORITHMS[algorithm](algorithm)
-    kept = {}
+    kept: dict[str, Any] = {}
     for spec in dataclasses.fields(new):
         value = getattr(inner, spec.name, spec.default)
         changed = spec.name != "algorithm" and value != getattr(type(inner)(inner.algorithm), spec.name, spec.default)

@@ -13,7 +13,11 @@ from cxgrad_fast.reference.tasks import Episodes, Rule, over_tasks
 
 _CONTEXT = ("context_dim", "context_learning_rate", "context_update", "initial_context_order")
 # the algorithm's name -> its rule, and those of its settings that go by the same name there
-_RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {"maml": (maml, ()), "cxgrad": (cxgrad, _CONTEXT)}
+_RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
+    "cxgrad": (cxgrad, _CONTEXT),
+    "fomaml": (maml, ()),
+    "maml": (maml, ()),
+}
 
 
 class ReferenceLoss(NamedTuple):
