@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from cxgrad_fast.cache_folder import cache_folder
 from cxgrad_fast.kernels import backends
 
 # what a person has set in his shell must not decide what is tested
@@ -40,9 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _built_operators() -> None:
-    """Built and loaded once, before a test names a cache of its own."""
-    backends.availability()
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is decoded, drawn or measured here stays out of the user's cache; children find the operators in it."""
+    backends.availability()  # which builds the operators into the user's, once for all sessions, and loads them
+    folder = tmp_path_factory.mktemp("cache")
+    if (usual := cache_folder()) and (usual / "operators").exists():  # not where the installed package has them
+        (folder / "operators").symlink_to(usual / "operators")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXGRAD_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)

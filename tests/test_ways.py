@@ -146,6 +146,12 @@ def test_flags_hold_in_the_block_alone(name: str, owners: dict[str, Any]) -> Non
 # --- the choice ---
 
 
+def test_tests_keep_what_they_measure_to_themselves(tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = choice._file("a device")
+    assert file is not None
+    assert tmp_path_factory.getbasetemp() in file.parents
+
+
 @pytest.fixture
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache and a repository of their own, nothing known."""
