@@ -12,25 +12,32 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 
-from cxgrad_fast import Episodes, Learner, preset
+from cxgrad_fast import Config, Episodes, Learner, preset
+
+
+def episodes_of(config: Config, images: Callable[[tuple[int, ...]], torch.Tensor]) -> Episodes:
+    """A meta-batch of the config's shape, from what makes images of a shape."""
+    task, model, tasks = config.task, config.model, config.outer.meta_batch
+
+    def part(per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(task.ways).repeat(per_class).expand(tasks, -1)
+        return images((tasks, task.ways * per_class, model.channels, model.image_size, model.image_size)), labels
+
+    # nobody has to read the labels then: on a device that would wait for it, four times a step
+    known = {"ways": task.ways} if any(field.name == "ways" for field in fields(Episodes)) else {}
+    return Episodes(*part(task.shots), *part(task.queries), **known)
 
 
 def random_episodes(learner: Learner) -> Episodes:
     """A meta-batch of random images, drawn on the CPU: the same numbers for everybody."""
-    config, generator = learner.config, torch.Generator().manual_seed(0)
-    task, model, tasks = config.task, config.model, config.outer.meta_batch
-
-    def images(per_class: int) -> torch.Tensor:
-        size = (tasks, task.ways * per_class, model.channels, model.image_size, model.image_size)
-        return torch.rand(size, generator=generator).to(learner.device, learner.dtype)
-
-    def labels(per_class: int) -> torch.Tensor:
-        return torch.arange(task.ways).repeat(per_class).expand(tasks, -1).to(learner.device)
-
-    return Episodes(images(task.shots), labels(task.shots), images(task.queries), labels(task.queries))
+    generator = torch.Generator().manual_seed(0)
+    drawn = episodes_of(learner.config, lambda shape: torch.rand(shape, generator=generator))
+    return drawn.to(learner.device, learner.dtype)
 
 
 def main() -> None:

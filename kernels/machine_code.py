@@ -7,11 +7,13 @@ be: the types and alignments of the arguments decide as they do there. Tensors m
         operator(x, weight)                       # on meta tensors: its launches are written down, none runs
     code = launches[0].compile()
     code.spills, code.count("HGMMA"), code.programs_per_sm
+    launches[0].store()                           # into Triton's cache, where a launch on such a device finds it
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import subprocess
@@ -20,11 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cxgrad_fast.config import InputError
@@ -130,9 +133,23 @@ class Launch:
         """All of the grid."""
         return math.prod(self.grid)
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What its code depends on: launches with equal keys run the same."""
+        return _bound(self.kernel, self.arguments, self.architecture, self.options).key
+
     def compile(self) -> MachineCode:
         """Its machine code."""
         return compile(self.kernel, *self.arguments, architecture=self.architecture, **self.options)
+
+    def store(self) -> Any:
+        """Compile it into Triton's cache (``TRITON_CACHE_DIR``) where it is not there yet: what Triton has compiled.
+
+        By the way that a launch goes, up to the launch.
+        """
+        _refuse_interpreter()
+        with _active(_Driver(self.architecture)):
+            return self.kernel.run(*self.arguments, grid=self.grid, warmup=True, **self.options)
 
 
 @contextlib.contextmanager
@@ -173,19 +190,64 @@ def compile(kernel: Any, *arguments: Any, architecture: str, **options: Any) -> 
     _refuse_interpreter()
     if architecture not in LIMITS:
         raise InputError(f"architecture takes one of {', '.join(LIMITS)}, got '{architecture}'")
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    backend = make_backend(target)
-    # what a real launch does with its arguments
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound = _bound(kernel, arguments, architecture, options)
+    if bound.key not in _compiled:
+        compiled = triton.compile(bound.source, target=_target(architecture), options=bound.options.__dict__)
+        _compiled[bound.key] = _inspect(kernel.__name__, architecture, compiled)
+    return _compiled[bound.key]
+
+
+class _Bound(NamedTuple):
+    """A launch as Triton's compiler takes it."""
+
+    source: ASTSource
+    options: Any
+    key: tuple[str, str, str]
+
+
+def _bound(kernel: Any, arguments: tuple[Any, ...], architecture: str, options: Mapping[str, Any]) -> _Bound:
+    backend = make_backend(_target(architecture))
     given = {"debug": False, **options}
-    bound, specialization, _ = bind(*arguments, **given)
+    bound, specialization, _ = _binder(kernel, architecture)(*arguments, **given)
     parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, {})
     source = ASTSource(kernel, signature, constants, attributes)
-    key = (source.hash(), parsed.hash(), architecture)
-    if key not in _compiled:
-        compiled = triton.compile(source, target=target, options=parsed.__dict__)
-        _compiled[key] = _inspect(kernel.__name__, architecture, compiled)
-    return _compiled[key]
+    return _Bound(source, parsed, (source.hash(), parsed.hash(), architecture))
+
+
+@functools.cache
+def _binder(kernel: Any, architecture: str) -> Callable[..., Any]:
+    """What a real launch does with its arguments."""
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(_target(architecture)))
+
+
+def _target(architecture: str) -> GPUTarget:
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+class _Driver:
+    """All that Triton asks of a device's driver before it launches; the device need not be there."""
+
+    def __init__(self, architecture: str) -> None:
+        self._architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return _target(self._architecture)
+
+    def get_current_device(self) -> str:
+        return self._architecture  # a name by which kernels keep what is compiled; real devices are numbers
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _active(stand_in: _Driver) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(stand_in)
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def _inspect(name: str, architecture: str, compiled: Any) -> MachineCode:
