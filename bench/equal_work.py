@@ -89,7 +89,7 @@ def make_case(config: Config, calm: bool = False) -> Case:
         y = torch.arange(task.ways).repeat(per_class)
         return x.double(), torch.stack([y[torch.randperm(count, generator=g)] for _ in range(tasks)])
 
-    episodes = Episodes(*part(task.shots), *part(task.queries))
+    episodes = Episodes(*part(task.shots), *part(task.queries), ways=task.ways)
     plain = {"run.device": "cpu", "run.precision": "float64", "run.backend": "reference", "run.compile": False}
     start = Learner(config.override(plain)).meta_parameters
 

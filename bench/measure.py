@@ -258,9 +258,16 @@ def _ask_smi(field: str) -> str:
         return "unknown"
 
 
-def write_result(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``folder/<date>-<name>.json``: the payload, the machine and the command line; whole or not at all."""
-    found = machine()
+def write_result(
+    name: str, payload: Mapping[str, Any], folder: Path = RESULTS, found: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``folder/<date>-<name>.json``: the payload, the machine and the command line; whole or not at all.
+
+    Args:
+        name, payload, folder: of the file.
+        found: an earlier :func:`machine`, to write a result again in the place of the one that was written with it.
+    """
+    found = machine() if found is None else found
     stamp = found["date"].replace(":", "").replace("+0000", "")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stamp}-{name}.json"

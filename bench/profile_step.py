@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cxgrad_fast import Learner
 from cxgrad_fast.cli import add_config_options, build_config, run_command, split_settings
-from cxgrad_fast.engine import StaticGradients
+from cxgrad_fast.engine import Pending, StaticGradients
 
 SHOWN = 15
 
@@ -93,9 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(learner._gradients, StaticGradients):  # the program alone, without trials
         learner._gradients = StaticGradients(learner._loss_and_gradients, trials=0)
     episodes = random_episodes(learner)
+    pending: deque[Pending] = deque()
 
-    def step() -> None:
-        learner.meta_step(episodes)
+    def step() -> None:  # as in training: a captured one is started before the one ahead of it is done
+        pending.append(learner.start_step(episodes))
+        if len(pending) >= learner.steps_ahead:
+            pending.popleft().on_host()
 
     found = trace(step, options.steps, learner.device)
     print(machine_line(machine()))
