@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.data.pool import ImagePool
+from cxgrad_fast.printable import shown
+from cxgrad_fast.schema import FLOATING, odd_kind
 
 SPLITS = ("train", "val", "test")
 
@@ -19,6 +22,31 @@ _NORMALIZATION = {
     "cifar": ((0.5071, 0.4847, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
+_LABELS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+
+def check_images(name: str, value: object) -> None:
+    """That ``value`` is a dense tensor of floating-point numbers.
+
+    Raises:
+        ValueError: it is not (name, expected, got).
+    """
+    _check_tensor(name, value, FLOATING, "be floating point, in the network's units")
+
+
+def check_labels(name: str, value: object) -> None:
+    """That ``value`` is a dense tensor of integers. Raises as :func:`check_images`."""
+    _check_tensor(name, value, _LABELS, "hold integers")
+
+
+def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}")
+    if kind := odd_kind(value):
+        raise ValueError(f"{name} must be a dense tensor that has values, got a {kind} one")
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name} must {what}, got {value.dtype}")
+
 
 @dataclass(frozen=True)
 class Episodes:
@@ -26,7 +54,7 @@ class Episodes:
 
     Attributes:
         support_x: ``[T, N*K, C, H, W]`` floating point.
-        support_y: ``[T, N*K]`` integer labels in ``[0, N)``.
+        support_y: ``[T, N*K]`` integer labels in ``[0, N)``, of any width, signed or not.
         query_x: ``[T, N*Q, C, H, W]``.
         query_y: ``[T, N*Q]``.
         ways: labels known to be below this, so that nobody has to read them; 0: nothing is known.
@@ -34,7 +62,8 @@ class Episodes:
     The sets may have any number of images a class; only the tensors' shapes must agree.
 
     Raises:
-        ValueError: a tensor whose shape or dtype does not fit the others (name, expected, got).
+        ValueError: no tensor, a sparse, nested, quantized or meta tensor, or one whose shape or dtype does not fit the
+            others (name, expected, got).
     """
 
     support_x: Tensor
@@ -44,6 +73,11 @@ class Episodes:
     ways: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ways, Integral) or self.ways < 0:
+            raise ValueError(f"ways must be a whole number from 0 on, got {shown(self.ways)}")
+        for name in ("support", "query"):
+            check_images(f"{name}_x", getattr(self, f"{name}_x"))
+            check_labels(f"{name}_y", getattr(self, f"{name}_y"))
         if self.support_x.ndim != 5:
             raise ValueError(f"support_x must be [T, images, C, H, W], got {list(self.support_x.shape)}")
         tasks, _, *image = self.support_x.shape
@@ -52,12 +86,8 @@ class Episodes:
             wanted = [tasks, "images", *image]
             if x.ndim != 5 or x.shape[0] != tasks or list(x.shape[2:]) != image:
                 raise ValueError(f"{name}_x must be {wanted} to fit support_x, got {list(x.shape)}")
-            if not x.is_floating_point():
-                raise ValueError(f"{name}_x must be floating point, in the network's units, got {x.dtype}")
             if list(y.shape) != list(x.shape[:2]):
                 raise ValueError(f"{name}_y must be {list(x.shape[:2])} to fit {name}_x, got {list(y.shape)}")
-            if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-                raise ValueError(f"{name}_y must hold integers, got {y.dtype}")
 
     def __len__(self) -> int:
         """The number of tasks, ``T``."""
@@ -69,12 +99,12 @@ class Episodes:
         return Episodes(*(tensor[tasks] for tensor in parts), ways=self.ways)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Episodes:
-        """The same tasks on another device, the images in another floating-point type."""
+        """The same tasks on another device, the images in another floating-point type, the labels int64."""
         return Episodes(
             self.support_x.to(device, dtype),
-            self.support_y.to(device),
+            self.support_y.to(device, torch.int64),
             self.query_x.to(device, dtype),
-            self.query_y.to(device),
+            self.query_y.to(device, torch.int64),
             ways=self.ways,
         )
 

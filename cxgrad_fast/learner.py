@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,15 +35,20 @@ from cxgrad_fast.engine import (
     memory,
     predictions_of,
 )
-from cxgrad_fast.episodes import Episodes
+from cxgrad_fast.episodes import Episodes, check_images, check_labels
 from cxgrad_fast.kernels import backends, use_backend, use_precision
+from cxgrad_fast.learner_state import Shapes, check_parameters, check_state
 from cxgrad_fast.models import LayerStatistics, build_backbone
+from cxgrad_fast.placement import device_of, dtype_of
+from cxgrad_fast.printable import shown
 
 __all__ = ["Adapted", "Learner", "NonFiniteLossError", "Pending"]
 
 
 class Learner:
     """Meta-parameters, the meta-step that trains them, and adaptation with them.
+
+    All of it works under ``torch.no_grad()`` and ``torch.inference_mode()`` too: the inner loop has its own gradients.
 
     Args:
         config: a Config, from :func:`cxgrad_fast.preset`.
@@ -57,11 +63,12 @@ class Learner:
         InputError: a device, precision, backend or mode that this version or machine does not have.
     """
 
+    @torch.inference_mode(False)  # what an inference mode makes can never be trained, nor adapted
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config = config
         self._ranks = ranks
-        self.device = ranks.place(_device(config.run.device))
-        self.dtype = _dtype(config, self.device)
+        self.device = ranks.place(device_of(config))
+        self.dtype = dtype_of(config, self.device)
         with use_backend(config.run.backend):
             pass  # an impossible choice is an error now, not in the first step
         if self.device.type == "cuda":
@@ -90,9 +97,15 @@ class Learner:
 
     @contextmanager
     def _operators(self) -> Iterator[None]:
-        """The backend and the precision of products that the config names."""
-        precision = self.config.run.precision
-        with use_backend(self.config.run.backend), use_precision("float32" if precision == "float64" else precision):
+        """The backend and the precision of products that the config names; no inference mode, gradients as they are."""
+        run = self.config.run
+        is_recording = torch.is_grad_enabled()
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(is_recording),
+            use_backend(run.backend),
+            use_precision("float32" if run.precision == "float64" else run.precision),
+        ):
             yield
 
     def _prepare(self) -> None:
@@ -123,6 +136,7 @@ class Learner:
         """Whether ``run.precision`` only rounds the factors of float32's products here: no faster than float32."""
         return backends.rounds_in_software(self.config.run.precision, self.device)
 
+    @torch.inference_mode(False)
     def plan_memory(self, tasks: int) -> MemoryPlan:
         """Predict the peak memory of a meta-step of so many tasks; where they do not fit at once, choose chunks.
 
@@ -171,9 +185,8 @@ class Learner:
         Raises:
             ValueError: wrong shapes, no task, labels out of range (name, expected, got).
         """
-        episodes = self._checked(episodes)
         with self._operators():
-            return self.engine.meta_loss(self.meta_parameters, episodes)
+            return self.engine.meta_loss(self.meta_parameters, self._checked(episodes))
 
     def meta_step(self, episodes: Episodes) -> MetaLoss:
         """One step of meta-training: meta-loss, its gradients, Adam's update. Returns the meta-loss before it.
@@ -200,15 +213,18 @@ class Learner:
             NonFiniteLossError, RankLostError: as :meth:`meta_step`, here or from the result.
             ValueError: as :meth:`meta_loss`.
         """
+        with self._operators(), torch.enable_grad():
+            return self._start_step(episodes)
+
+    def _start_step(self, episodes: Episodes) -> Pending:
         has_work = self._sharing.has_work(episodes)
         episodes = self._checked(episodes) if has_work else episodes.to(self.device, self.dtype)
-        with self._operators():
-            if self._captured is not None:
-                if (pending := self._captured.start(episodes)) is not None:
-                    return pending
-                self._captured = None
-            parameters = list(self.meta_parameters.values())
-            out, gradients = self._sharing(self._gradients, parameters, episodes)
+        if self._captured is not None:
+            if (pending := self._captured.start(episodes)) is not None:
+                return pending
+            self._captured = None
+        parameters = list(self.meta_parameters.values())
+        out, gradients = self._sharing(self._gradients, parameters, episodes)
         if not is_finite(out, gradients):
             raise NonFiniteLossError(bool(out.loss.isfinite()))
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -236,9 +252,9 @@ class Learner:
             InputError: ``running`` without any meta-training, or statistics for a norm that has none.
             ValueError: as :meth:`meta_loss`.
         """
-        episodes = self._checked(episodes)
         kind = self._statistics_kind(statistics)
         with self._operators():
+            episodes = self._checked(episodes)
             return self._predictions(self.meta_parameters, episodes, kind, self.running_statistics)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None = None) -> Adapted:
@@ -255,18 +271,21 @@ class Learner:
             ValueError: wrong shapes, labels out of range (name, expected, got).
             InputError: as :meth:`predict`.
         """
+        check_images("support_x", support_x)
+        check_labels("support_y", support_y)
         single = support_x.ndim == 4
         if single:
             support_x, support_y = support_x[None], support_y[None]
-        # the checks of a batch of tasks, with the support set in the place of the query set
-        episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
         kind = self._statistics_kind(statistics)
         with self._operators():
+            # the checks of a batch of tasks, with the support set in the place of the query set
+            episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
             adaptation = self.engine.adapted(
                 self.meta_parameters, episodes.support_x, episodes.support_y, kind, self.running_statistics
             )
         return Adapted(self, adaptation, single)
 
+    @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: tensors and plain values only (``weights_only=True`` loads it)."""
         return {
@@ -276,22 +295,26 @@ class Learner:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any], optimizer: bool = True) -> None:
         """Take over what :meth:`state_dict` gave; without the optimizer's part for evaluation only.
 
         Raises:
-            ValueError: names or shapes that are not this config's.
+            ValueError: names, shapes or types that are not this config's; nothing is taken over then.
         """
-        self._assign(state["parameters"], "state")
+        check_state(self.config, state, optimizer)
+        self._assign(state["parameters"])
         self._statistics = RunningStatistics(self.device)
         self._statistics.steps.fill_(state["steps_averaged"])
         for name, pair in state["statistics"].items():
             mean, variance = pair.to(self.device, self.dtype).clone().unbind()
             self._statistics.values[name] = (mean, variance)
         if optimizer:
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would take the tensors themselves
-            for group in self.optimizer.param_groups:  # how to compute is this device's matter, not the checkpoint's
-                group |= {"fused": None, "capturable": False} | self._adam
+            saved, own = state["optimizer"], self.optimizer.state_dict()
+            (group,) = own["param_groups"]  # how to compute is this device's matter, not the checkpoint's
+            group |= {name: saved["param_groups"][0][name] for name in ("lr", "betas", "eps", "weight_decay")}
+            own["state"] = {index: _copies(moments) for index, moments in saved["state"].items()}
+            self.optimizer.load_state_dict(own)
         self._prepare()
 
     def released_names(self) -> dict[str, str]:
@@ -306,27 +329,24 @@ class Learner:
                 statistics, per-step learning rates, and convolution biases before a batch norm, which removes them.
 
         Raises:
-            ValueError: a parameter is missing or has another shape (named).
+            ValueError: a parameter is missing, has another shape or is not floating point (named).
         """
-        values = {}
+        values: dict[str, Any] = {}
         for name, theirs in self.released_names().items():
             if theirs not in state_dict:
                 raise ValueError(f"released checkpoint has no '{theirs}' (our {name})")
-            values[name] = torch.as_tensor(state_dict[theirs])
-        self._assign(values, "released checkpoint")
+            value = state_dict[theirs]
+            is_array = isinstance(value, np.ndarray) and value.dtype.name in ("float16", "float32", "float64")
+            values[name] = torch.tensor(value) if is_array else value
+        check_parameters(values, self._shapes(), "released checkpoint")
+        self._assign(values)
         self._statistics = RunningStatistics(self.device)
         self._prepare()
 
-    def _assign(self, values: Mapping[str, Tensor], where: str) -> None:
-        odd = sorted(set(values) ^ set(self.meta_parameters))
-        if odd:
-            raise ValueError(f"{where}: parameter '{odd[0]}' is not on both sides: other algorithm or backbone?")
-        for name, tensor in self.meta_parameters.items():
-            if values[name].shape != tensor.shape:
-                raise ValueError(
-                    f"{where}: parameter '{name}' must be {list(tensor.shape)} by the config, "
-                    f"got {list(values[name].shape)}"
-                )
+    def _shapes(self) -> Shapes:
+        return {name: tensor.shape for name, tensor in self.meta_parameters.items()}
+
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in self.meta_parameters.items():
                 tensor.copy_(values[name])
@@ -335,7 +355,7 @@ class Learner:
         """Of BatchNorm in the query pass: what was asked for, or the config's, if it can be had."""
         statistics = statistics or self.config.evaluation.statistics
         if statistics not in ("transductive", "support", "running"):
-            raise InputError(f"statistics takes one of transductive, support, running, got '{statistics}'")
+            raise InputError(f"statistics takes one of transductive, support, running, got {shown(statistics)}")
         if statistics != "transductive" and self.config.model.norm != "batch":
             raise InputError(f"statistics = {statistics} needs model.norm = batch, not {self.config.model.norm}")
         if statistics == "running" and not self.running_statistics:
@@ -344,11 +364,15 @@ class Learner:
 
     def _checked(self, episodes: Episodes) -> Episodes:
         """The episodes on the learner's device and in its precision, if they are what the config says."""
+        if not isinstance(episodes, Episodes):
+            raise ValueError(f"episodes must be Episodes, got {type(episodes).__name__}")
         if not len(episodes):
             raise ValueError("episodes must hold at least one task, got none")
         self._check_image("support_x", episodes.support_x)
         self._check_labels(episodes)
-        return episodes.to(self.device, self.dtype)
+        episodes = episodes.to(self.device, self.dtype)
+        parts = {name: getattr(episodes, name) for name in ("support_x", "support_y", "query_x", "query_y")}
+        return replace(episodes, **{name: tensor.clone() for name, tensor in parts.items() if tensor.is_inference()})
 
     def _check_labels(self, episodes: Episodes) -> None:
         ways = self.config.task.ways
@@ -357,6 +381,7 @@ class Learner:
                 raise ValueError(f"{name} must hold at least one image a task, got {list(y.shape)}")
             if 0 < episodes.ways <= ways:
                 continue
+            y = y.long()  # the framework has no least and largest of unsigned integers
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= ways:
                 raise ValueError(
@@ -390,8 +415,9 @@ class Adapted:
         """Logits ``[Q, N]`` of query images ``[Q, C, H, W]``; ``[T, Q, N]`` of ``[T, Q, C, H, W]`` for several tasks.
 
         Raises:
-            ValueError: images of another shape, or of another number of tasks.
+            ValueError: images of another shape or kind, or of another number of tasks.
         """
+        check_images("query_x", query_x)
         tasks = len(self._adaptation.support.x)
         wanted = "[Q, C, H, W]" if self._single else f"[{tasks}, Q, C, H, W]"
         if query_x.ndim != 5 - self._single or (not self._single and len(query_x) != tasks):
@@ -407,30 +433,8 @@ class Adapted:
             return self._learner.engine.answer(self._adaptation, x)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"setting 'run.device' takes auto, cpu or cuda[:index], got '{name}'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"setting 'run.device' (={name}) needs a CUDA device, and torch sees none: use cpu")
-    return device
-
-
-def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Of parameters and all that is stored; tf32 and bfloat16 are how the fast operators multiply."""
-    run = config.run
-    if run.precision in ("tf32", "bfloat16"):
-        why_not = backends.why_not_precision(run.precision, run.backend, device)
-        if why_not:
-            raise InputError(
-                f"setting 'run.precision' (={run.precision}) is not for this machine: {why_not}; "
-                f"use float32 or float64 ({backends.ROUND_IN_SOFTWARE}=1 allows it on any CPU, "
-                "to study its accuracy: no faster than float32)"
-            )
-    return torch.float64 if run.precision == "float64" else torch.float32
+def _copies(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in moments.items()}
 
 
 def _released_name(name: str) -> str:

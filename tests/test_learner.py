@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from helpers import config_of, random_episodes, relative_error, require_cpp, spread_parameters
 
-from cxgrad_fast import Episodes, InputError, Learner, reference
+from cxgrad_fast import Episodes, EpisodeSampler, InputError, Learner, reference
+from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.kernels import registration
 from cxgrad_fast.learner import NonFiniteLossError
 
@@ -101,6 +105,14 @@ def test_load_released_names_what_is_wrong() -> None:
         learner.load_released({name: v for name, v in good.items() if name != names["head.bias"]})
     with pytest.raises(ValueError, match=r"'head.bias' must be \[5\] by the config, got \[7\]"):
         learner.load_released(good | {names["head.bias"]: torch.zeros(7)})
+    for odd, told in (
+        (torch.zeros(5, dtype=torch.complex64), r"a tensor \[5\] of torch.complex64"),
+        (np.zeros(5, np.int64), r"array\(\[0, 0, 0, 0, 0\]\)"),
+        (torch.zeros(5).to_sparse(), "a sparse_coo one"),
+        (None, "None"),
+    ):
+        with pytest.raises(ValueError, match=f"parameter 'head.bias' must be a tensor of .* or float64, got {told}"):
+            learner.load_released(good | {names["head.bias"]: odd})
     assert (learner.meta_parameters["head.bias"] == 1).all()
 
 
@@ -163,6 +175,61 @@ def test_running_statistics_are_an_average() -> None:
             assert relative_error(running, (a + b) / 2) < 1e-9
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_switched_off_the_numbers_are_the_same(mode, compiled: bool) -> None:
+    config = config_of(inner__steps=2, run__compile=compiled)
+    e = random_episodes(config)
+    outside = Learner(config)
+    with mode():
+        inside, made_there = Learner(config), random_episodes(config)
+        loss = inside.meta_loss(e)
+        assert not loss.loss.requires_grad
+        assert loss.loss == outside.meta_loss(e).loss
+        step = inside.meta_step(made_there)
+        inside.plan_memory(2)
+    assert torch.equal(step.query_logits, outside.meta_step(e).query_logits)
+    for statistics in ("transductive", "support", "running"):
+        wanted = outside.predict(e, statistics)
+        adapted = outside.adapt(e.support_x[0], e.support_y[0], statistics)
+        with mode():
+            for learner in (inside, outside):
+                for episodes in (e, made_there):
+                    assert torch.equal(learner.predict(episodes, statistics), wanted), statistics
+            there = inside.adapt(made_there.support_x[0], made_there.support_y[0], statistics)
+            assert torch.equal(there(made_there.query_x[0]), adapted(e.query_x[0]))
+            state = inside.state_dict()
+            outside.load_state_dict(state)
+        assert torch.equal(there(made_there.query_x[0]), adapted(made_there.query_x[0]))
+    for learner in (inside, outside):  # and can be trained afterwards
+        learner.load_state_dict(copy.deepcopy(state))
+        learner.meta_step(made_there)
+    for name, tensor in inside.meta_parameters.items():
+        assert torch.equal(tensor, outside.meta_parameters[name]), name
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"'run.device' \(=cuda:2\): torch sees 2 CUDA devices, counted from cuda:0"):
+        Learner(config_of(run__device="cuda:2"))
+
+
+def test_the_largest_seed_serves_weights_and_episodes() -> None:
+    pool = ImagePool(
+        torch.zeros(60, 2, 2, 3, dtype=torch.uint8),
+        torch.arange(6).repeat_interleave(10),
+        tuple("abcdef"),
+        "train",
+        "x",
+    )
+    for sampler in ("counter", "released"):
+        config = config_of(run__seed=2**32 - 105, data__sampler=sampler)
+        assert Learner(config).meta_parameters["head.weight"].isfinite().all()
+        torch.Generator().manual_seed(config.run.seed)
+        assert EpisodeSampler(pool, config).indices(10**9, 2).max() < 60
+
+
 def test_seeds() -> None:
     a, b, c = (Learner(config_of(run__seed=seed)).meta_parameters for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -175,45 +242,6 @@ def test_other_norms_have_no_statistics() -> None:
     assert learner.meta_step(episodes).statistics == {}
     with pytest.raises(InputError, match=r"needs model\.norm = batch, not layer"):
         learner.predict(episodes, "support")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"support_x": (2, 5, 3, 20, 21)}, r"query_x must be \[2, 'images', 3, 20, 21\] to fit support_x"),
-        ({"support_x": (5, 3, 21, 21)}, r"support_x must be \[T, images, C, H, W\], got \[5, 3, 21, 21\]"),
-        ({"query_y": (2, 14)}, r"query_y must be \[2, 15\] to fit query_x, got \[2, 14\]"),
-        ({"support_y": (3, 5)}, r"support_y must be \[2, 5\]"),
-        (
-            {"support_x": (2, 5, 3, 20, 21), "query_x": (2, 15, 3, 20, 21)},
-            r"support_x must hold images \[3, 21, 21\] \(model.channels, model.image_size\), got \[3, 20, 21\]",
-        ),
-        (
-            {"support_x": (0, 5, 3, 21, 21), "support_y": (0, 5), "query_x": (0, 1, 3, 21, 21), "query_y": (0, 1)},
-            "episodes must hold at least one task",
-        ),
-    ],
-)
-def test_wrong_shapes(change: dict[str, tuple[int, ...]], message: str) -> None:
-    config = config_of()
-    learner, episodes = Learner(config), random_episodes(config)
-    tensors = {name: getattr(episodes, name) for name in ("support_x", "support_y", "query_x", "query_y")}
-    for name, shape in change.items():
-        tensors[name] = torch.zeros(shape, dtype=tensors[name].dtype)
-    with pytest.raises(ValueError, match=message):
-        learner.meta_loss(Episodes(**tensors))
-
-
-def test_wrong_labels_and_types() -> None:
-    config = config_of()
-    learner, e = Learner(config), random_episodes(config)
-    for y, message in ((e.query_y + 1, "query_y must hold labels 0 to 4"), (e.query_y - 1, "got -1")):
-        with pytest.raises(ValueError, match=message):
-            learner.meta_loss(Episodes(e.support_x, e.support_y, e.query_x, y))
-    with pytest.raises(ValueError, match=r"query_y must hold integers, got torch\.float32"):
-        Episodes(e.support_x, e.support_y, e.query_x, e.query_y.float())
-    with pytest.raises(ValueError, match="support_x must be floating point"):
-        Episodes(e.support_x.long(), e.support_y, e.query_x, e.query_y)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +260,7 @@ def test_wrong_labels_and_types() -> None:
             r"\(=bfloat16\) is not for this machine: the reference operators have no such products",
         ),
         ({"run.device": "gpu"}, "setting 'run.device' takes auto, cpu or cuda"),
+        ({"run.device": "mps"}, "setting 'run.device' takes auto, cpu or cuda"),
     ],
 )
 def test_modes_that_are_not_here(overrides: dict[str, object], message: str) -> None:

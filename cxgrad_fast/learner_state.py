@@ -1,0 +1,88 @@
+"""What the state of a Learner must look like under a Config: names, shapes and types, known without making one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cxgrad_fast.algorithms import build_algorithm
+from cxgrad_fast.config import Config
+from cxgrad_fast.models import build_backbone
+from cxgrad_fast.schema import FLOATING, items, number, odd_kind, record, refuse, table, tensor, whole
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def check_parameters(values: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    """That ``values`` are floating-point tensors of these names and shapes.
+
+    Raises:
+        ValueError: the first that is not (named, after ``where``).
+    """
+    odd = sorted(set(values) ^ set(shapes))
+    if odd:
+        raise ValueError(f"{where}: parameter '{odd[0]}' is not on both sides: other algorithm or backbone?")
+    for name, shape in shapes.items():
+        value = values[name]
+        if isinstance(value, Tensor) and not odd_kind(value) and list(value.shape) != list(shape):
+            raise ValueError(
+                f"{where}: parameter '{name}' must be {list(shape)} by the config, got {list(value.shape)}"
+            )
+        tensor(*FLOATING)(value, f"{where}: parameter '{name}'")
+
+
+def check_state(config: Config, state: Any, optimizer: bool = True) -> None:
+    """That ``state`` is what ``Learner(config).state_dict()`` could give, but for the numbers in it.
+
+    Args:
+        config: the settings.
+        state: anything.
+        optimizer: False: its part may be missing or be anything.
+
+    Raises:
+        ValueError: the first thing that is not (its place, expected, got).
+    """
+    if not isinstance(state, Mapping):
+        raise refuse("state", "a dictionary", state)
+    declared = build_algorithm(config, build_backbone(config.model)).declared
+    shapes = {name: parameter.shape for name, parameter in declared.items()}
+    record(
+        parameters=table(lambda value, where: None),
+        statistics=table(lambda value, where: None),
+        steps_averaged=whole(),
+    )(dict(state), "state")
+    check_parameters(state["parameters"], shapes, "state")
+    _check_statistics(shapes, state["statistics"])
+    if optimizer:
+        record(optimizer=lambda value, where: check_adam(value, list(shapes.values()), where))(dict(state), "state")
+
+
+def _check_statistics(shapes: Shapes, statistics: Mapping[str, Any]) -> None:
+    end = ".norm.weight"
+    channels = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
+    if odd := sorted(set(statistics) ^ set(channels)) if statistics else []:
+        raise ValueError(f"state: the statistics of '{odd[0]}' are not on both sides: other backbone?")
+    for name, value in statistics.items():
+        tensor(*FLOATING, shape=(2, *channels[name]))(value, f"state: the statistics of '{name}'")
+
+
+def check_adam(state: Any, shapes: list[Sequence[int]], where: str) -> None:
+    """That ``state`` is the ``state_dict()`` of ``torch.optim.Adam`` over parameters of these shapes, one group."""
+    rate, share = number(0, 1e38), number(0, math.nextafter(1, 0))
+    group = record(lr=rate, betas=items(share, 2), eps=rate, weight_decay=rate, params=items(whole()))
+    record(state=table(table(lambda value, where: None), whole()), param_groups=items(group, 1))(state, where)
+    indices = list(range(len(shapes)))
+    if state["param_groups"][0]["params"] != indices:
+        raise refuse(f"{where}.param_groups[0].params", f"the {len(shapes)} parameters", state["param_groups"])
+    if state["state"] and sorted(state["state"]) != indices:
+        raise refuse(f"{where}.state", f"empty or of {len(shapes)} parameters", state["state"])
+    for index, moments in state["state"].items():
+        moment = tensor(*FLOATING, shape=shapes[index])
+        check = record(step=tensor(*FLOATING, shape=()), exp_avg=moment, exp_avg_sq=moment)
+        check(moments, f"{where}.state[{index}]")
+        step = moments["step"].item()
+        if not 0 <= step < math.inf:
+            raise refuse(f"{where}.state[{index}].step", "a number from 0 on", step)
