@@ -67,17 +67,25 @@ def test_other_kinds_of_files_are_refused(call: Callable[[Path], object], tmp_pa
     assert refusal(lambda: call(tmp_path / "nothing")) == "No such file or directory"
 
 
-def test_what_takes_a_file_s_place_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("swap", "message"),
+    [(os.mkfifo, "it is not a regular file"), (lambda path: path.symlink_to("precious"), os.strerror(errno.ELOOP))],
+    ids=["pipe", "link"],
+)
+def test_what_takes_a_file_s_place_is_looked_at_too(
+    swap: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the look at a path and its opening another file may get its name."""
     path, usual = put(tmp_path / "file"), os.open
+    put(tmp_path / "precious")
 
     def swapping(name: Path, flags: int) -> int:
         path.unlink()
-        os.mkfifo(path)
+        swap(path)
         return usual(name, flags)
 
     monkeypatch.setattr(os, "open", swapping)
-    assert refusal(lambda: open_own(path)) == "it is not a regular file"
+    assert refusal(lambda: open_own(path)) == message
 
 
 def test_a_link_is_followed_where_it_is_named_alone(tmp_path: Path) -> None:

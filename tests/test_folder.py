@@ -354,6 +354,7 @@ class TestBadInput:
         reason = "it has 268435457 bytes, more than 268435456"
         assert self.refused(root) == f"cannot read the image '{path}' ({reason}): replace it or delete it"
 
+    @pytest.mark.filterwarnings("default")  # as everywhere but in tests
     @pytest.mark.parametrize("most", [500, 100])  # of 713: Pillow warns above its limit, and raises above twice that
     def test_too_many_pixels(self, root: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
         path = root / "train" / "bee" / "1.png"
