@@ -23,6 +23,7 @@ from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.launched import on_ranks
 from cxgrad_fast.learner import Learner
 from cxgrad_fast.runs import best_files
+from cxgrad_fast.signals import Signals
 
 _RELEASED_PRESET = "released-mini-5w1s"
 
@@ -141,19 +142,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return on_ranks(_main, argv)
 
 
-def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
+def _main(argv: Sequence[str] | None, ranks: Ranks, signals: Signals) -> int:
     options, settings = ranks.together(lambda: _parser().parse(argv))
     settings |= _shortcuts(options)
     config, learners, models, sampler = ranks.in_turn(lambda: _opened(options, settings, ranks))
     tasks = config.evaluation.test_tasks
     progress = Progress("test tasks", tasks, is_shown=ranks.is_first)
+
+    def report(done: int) -> None:
+        progress.update(done)
+        signals.check()
+
     try:
         logits, labels = predict_tasks(
             learners,
             sampler,
             tasks,
             tasks_per_batch=config.evaluation.tasks_per_batch,
-            report=progress.update,
+            report=report,
             ranks=ranks,
         )
     finally:

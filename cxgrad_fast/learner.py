@@ -227,12 +227,15 @@ class Learner:
         out, gradients = self._sharing(self._gradients, parameters, episodes)
         if not is_finite(out, gradients):
             raise NonFiniteLossError(bool(out.loss.isfinite()))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._statistics.add(out.statistics)
-        return Pending(out)
+
+        def update() -> None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._statistics.add(out.statistics)
+
+        return Pending(out, update)
 
     def _loss_and_gradients(
         self, parameters: Sequence[Tensor], episodes: Episodes

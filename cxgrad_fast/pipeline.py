@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,20 +47,34 @@ class Steps:
         self._pending: deque[tuple[float, Pending]] = deque()
         self._done_at = 0.0
 
-    def advance(self, until: int) -> StepNumbers:
-        """Finish the next step. None beyond the step ``until`` is started: there somebody wants the weights.
+    def advance(self, until: int) -> None:
+        """Do the next step, all but what :meth:`finish` does; start those after it that may be under way with it.
+
+        None beyond the step ``until`` is started: there somebody wants the weights.
 
         Raises:
             NonFiniteLossError, RankLostError: as :meth:`Learner.meta_step`; the step was not done.
         """
         while len(self._pending) < self._learner.steps_ahead and self._started < until:
             self._start(self._started + 1 < until)
-        return self._finish()
+        self.is_next_done()
 
-    def drain(self) -> Iterator[StepNumbers]:
-        """Finish the steps that are under way."""
-        while self._pending:
-            yield self._finish()
+    def is_next_done(self) -> bool:
+        """Wait for the next of the steps under way; False where there is none."""
+        if self._pending:
+            self._pending[0][1].wait()
+        return bool(self._pending)
+
+    def finish(self) -> StepNumbers:
+        """Take the next step's update over into the learner, which takes no time, and tell of the step."""
+        began, pending = self._pending.popleft()
+        out = pending.on_host()
+        support = out.support_losses.mean(0)
+        passes = [support[0], support[-1]] if len(support) else []
+        loss, accuracy, *losses = torch.stack([value.double() for value in (out.loss, out.accuracy, *passes)]).tolist()
+        seconds = time.perf_counter() - max(began, self._done_at)
+        self._done_at = time.perf_counter()
+        return StepNumbers(loss, accuracy, tuple(losses), seconds)
 
     def _start(self, has_next: bool) -> None:
         began, count = time.perf_counter(), self._own.stop - self._own.start
@@ -71,13 +84,3 @@ class Steps:
         self._started += 1
         if has_next and self._learner.steps_ahead > 1:  # while the device works
             self._upcoming.prepare(first + self._meta_batch, count)
-
-    def _finish(self) -> StepNumbers:
-        began, pending = self._pending.popleft()
-        out = pending.on_host()
-        support = out.support_losses.mean(0)
-        passes = [support[0], support[-1]] if len(support) else []
-        loss, accuracy, *losses = torch.stack([value.double() for value in (out.loss, out.accuracy, *passes)]).tolist()
-        seconds = time.perf_counter() - max(began, self._done_at)
-        self._done_at = time.perf_counter()
-        return StepNumbers(loss, accuracy, tuple(losses), seconds)

@@ -9,7 +9,6 @@ bytes.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import os
 import platform
@@ -17,17 +16,20 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
 from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_atomic, write_checkpoint
 from cxgrad_fast.config import InputError
+from cxgrad_fast.folder_lock import FolderLock
 from cxgrad_fast.learner import Learner
 
 LATEST = "latest.pt"
 COLUMNS = ("loss", "accuracy", "interval", "first_support_loss", "last_support_loss")
+_FIRST_FILES = frozenset({LATEST, "config.toml", "source.txt", "metrics.csv", "tensorboard"})
 _HEADER = ",".join(("iteration", "split", *COLUMNS)) + "\n"
 
 
@@ -102,7 +104,7 @@ def check_writable(folder: Path) -> None:
     probe = existing / f".cxgrad-fast-{os.getpid()}.tmp"
     try:
         probe.touch(exist_ok=False)
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # who opens a run there removes what looks left behind
     except OSError as error:
         raise InputError(f"cannot write the run folder '{folder}': {error.strerror} ('{existing}')") from error
 
@@ -110,14 +112,21 @@ def check_writable(folder: Path) -> None:
 class Run:
     """The folder of a run that is being trained, opened by one process at a time.
 
-    :meth:`create` starts one, :meth:`resume` continues one; use it as a context manager.
+    :meth:`create` starts one, the constructor continues one; use it as a context manager.
+
+    Args:
+        folder: of the run.
+        start: its latest checkpoint.
+        lock: on the folder, taken over; None takes it here.
     """
 
-    def __init__(self, folder: Path, start: Checkpoint) -> None:
+    def __init__(self, folder: Path, start: Checkpoint, lock: FolderLock | None = None) -> None:
         self.folder = folder
-        self._lock = _lock(folder)
+        self.saved: tuple[int, int] | None = None  # iteration and last validation in latest.pt, if written from here
+        self._undo: Callable[[], None] = lambda: None
+        self._lock = lock or FolderLock(folder)
         for stale in folder.glob(".*.tmp"):
-            stale.unlink()
+            stale.unlink(missing_ok=True)  # another process may be checking whether it can write
         self._remove_evicted(start)
         write_atomic(folder / "config.toml", start.config.to_toml().encode())
         write_atomic(folder / "source.txt", _describe_source(start.source).encode())
@@ -131,22 +140,40 @@ class Run:
         """A new run's folder, with ``start`` as its first checkpoint.
 
         Raises:
-            InputError: it holds a run already.
+            InputError: it holds a run already, or another process is making one there at this moment.
             OSError: it cannot be written; what was made of it is removed.
         """
-        if any(any(folder.glob(name)) for name in (LATEST, "best-*.pt", "config.toml", "metrics.csv")):
-            raise InputError(
-                f"'{folder}' holds a run already: continue it with --resume {folder}, or choose another --out"
-            )
-        is_new = not folder.exists()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(folder / LATEST, start)
-            return cls(folder, start)
+            lock = FolderLock.of_made(folder)
         except OSError:
-            if is_new:
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(made)
             raise
+        try:
+            if any(any(folder.glob(name)) for name in (LATEST, "best-*.pt", "config.toml", "metrics.csv")):
+                raise InputError(
+                    f"'{folder}' holds a run already: continue it with --resume {folder}, or choose another --out"
+                )
+            before = frozenset(os.listdir(folder))
+            try:
+                write_checkpoint(folder / LATEST, start)
+                run = cls(folder, start, lock)
+            except BaseException:
+                _remove_new(folder, before, made)
+                raise
+        except BaseException:
+            lock.close()
+            raise
+        run.saved = start.iteration, start.validated
+        run._undo = lambda: _remove_new(folder, before, made)
+        return run
+
+    def discard(self) -> None:
+        """Close it; one that was created is removed."""
+        self._metrics.close()
+        self._events.close()
+        self._undo()
+        self._lock.close()
 
     def __enter__(self) -> Run:
         return self
@@ -156,7 +183,7 @@ class Run:
     ) -> None:
         self._metrics.close()
         self._events.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def log(self, iteration: int, split: str, **values: float) -> None:
         """A row of metrics.csv (loss, accuracy, interval, ...) and the same as TensorBoard scalars."""
@@ -175,6 +202,7 @@ class Run:
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace latest.pt; then the best models it no longer names can go."""
         write_checkpoint(self.folder / LATEST, checkpoint)
+        self.saved = checkpoint.iteration, checkpoint.validated
         self._remove_evicted(checkpoint)
 
     def _remove_evicted(self, checkpoint: Checkpoint) -> None:
@@ -188,7 +216,10 @@ class FollowedRun(Run):
     """The run on the ranks that do not write: the same calls, and nothing happens."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.saved = folder, None
+
+    def discard(self) -> None:
+        """Nothing is open."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -255,15 +286,18 @@ class _Events:
         self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
-def _lock(folder: Path) -> int:
-    """A lock on the folder that the kernel drops with the process, however that ends; returns its descriptor."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"run '{folder}' is being trained by another process") from error
-    return descriptor
+def _remove_new(folder: Path, before: Set[str], made: Sequence[Path]) -> None:
+    """Remove what a run wrote into a folder that held ``before``; then the folders ``made`` for it, innermost first."""
+    for path in folder.iterdir():
+        if path.name not in before and (path.name in _FIRST_FILES or path.match(".*.tmp")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):  # not there, or somebody else uses it
+        for folder in folders:
+            folder.rmdir()
 
 
 def _rows_until(metrics: Path, start: Checkpoint) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cxgrad_fast import endings
 from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_atomic, write_checkpoint
 from cxgrad_fast.cli import DEFAULT_PRESET, Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
@@ -24,7 +24,8 @@ from cxgrad_fast.engine import RankLostError, Ranks
 from cxgrad_fast.engine.memory import measured_peak, megabytes
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
-from cxgrad_fast.launched import RANK_LOST, on_ranks, who_was_lost
+from cxgrad_fast.folder_lock import FolderLock
+from cxgrad_fast.launched import on_ranks
 from cxgrad_fast.learner import Learner, NonFiniteLossError
 from cxgrad_fast.pipeline import StepNumbers, Steps
 from cxgrad_fast.runs import (
@@ -105,17 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return on_ranks(_main, argv)
 
 
-def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
+def _main(argv: Sequence[str] | None, ranks: Ranks, signals: Signals) -> int:
     options, settings = ranks.together(lambda: _parser().parse(argv))
     if options.compile:
         settings["run.compile"] = True
-    session, run = (_start if options.resume is None else _resume)(options, settings, ranks)
-
-    def stuck() -> None:
-        _tell_lost(session, run, saves=False)
-        os._exit(RANK_LOST)
-
-    with run, Signals(ranks, stuck) as signals:
+    with ExitStack() as stack:
+        session, run = (_start if options.resume is None else _resume)(options, settings, ranks, signals, stack)
+        stack.enter_context(signals.guarding(lambda signum: endings.step_left(session, run, signum)))
         where = f"{session.learner.device}, {session.config.run.precision}"
         if ranks.size > 1:
             where += f", {ranks.size} ranks"
@@ -135,7 +132,9 @@ def _parser() -> Parser:
     return parser
 
 
-def _start(options: Any, settings: dict[str, object], ranks: Ranks) -> tuple[Session, Run]:
+def _start(
+    options: Any, settings: dict[str, object], ranks: Ranks, signals: Signals, stack: ExitStack
+) -> tuple[Session, Run]:
     """A new session and its folder, which is made only when nothing else can be wrong any more."""
 
     def planned() -> tuple[Config, Path]:
@@ -148,18 +147,24 @@ def _start(options: Any, settings: dict[str, object], ranks: Ranks) -> tuple[Ses
     config, folder = ranks.from_first(planned)
     session = ranks.in_turn(lambda: _open_session(config, ranks))
     torch.manual_seed(config.run.seed)
-    return session, _open_run(ranks, folder, lambda: Run.create(folder, session.checkpoint()))
+    run = _open_run(ranks, signals, folder, lambda: Run.create(folder, session.checkpoint()))
+    return session, stack.enter_context(run)
 
 
-def _resume(options: Any, settings: dict[str, object], ranks: Ranks) -> tuple[Session, Run]:
+def _resume(
+    options: Any, settings: dict[str, object], ranks: Ranks, signals: Signals, stack: ExitStack
+) -> tuple[Session, Run]:
     """The session of a run's latest checkpoint, and its folder; any number of ranks may have written it."""
     folder = Path(options.resume)
+    locks: list[FolderLock] = []
 
     def planned() -> tuple[Checkpoint, Config]:
         for name in ("preset", "config", "out"):
             if getattr(options, name):
                 raise InputError(f"--{name} does not go with --resume: the run brings its own settings and folder")
-        saved = read_checkpoint(latest_file(folder))
+        latest = latest_file(folder)
+        locks.append(stack.enter_context(FolderLock(folder)))  # what is read now is what the run goes on from
+        saved = read_checkpoint(latest)
         config = saved.config.override(settings)
         old, new = saved.config.flat(), config.flat()
         for name in new:
@@ -188,12 +193,25 @@ def _resume(options: Any, settings: dict[str, object], ranks: Ranks) -> tuple[Se
 
     session = ranks.in_turn(opened)
     _restore_rng(saved.rng, session.learner.device)
-    return session, _open_run(ranks, folder, lambda: Run(folder, session.checkpoint()))
+    run = _open_run(ranks, signals, folder, lambda: Run(folder, session.checkpoint(), locks[0]))
+    return session, stack.enter_context(run)
 
 
-def _open_run(ranks: Ranks, folder: Path, open_it: Callable[[], Run]) -> Run:
+def _open_run(ranks: Ranks, signals: Signals, folder: Path, open_it: Callable[[], Run]) -> Run:
     """The run's folder, which rank 0 alone writes."""
-    return ranks.together(lambda: open_it() if ranks.is_first else FollowedRun(folder))
+    opened: list[Run] = []
+
+    def open_here() -> Run:
+        opened.append(open_it() if ranks.is_first else FollowedRun(folder))
+        return opened[0]
+
+    with signals.hold():
+        try:
+            return ranks.together(open_here)
+        except RankLostError:  # which is told as: there is nothing to save
+            for run in opened:
+                run.discard()
+            raise
 
 
 def _open_session(config: Config, ranks: Ranks) -> Session:
@@ -222,50 +240,15 @@ def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
         print(f"memory: measured peak {megabytes(peak)}, {megabytes(before)} before the first step", flush=True)
         _test(session, run, signals)
     except Interrupted as stop:
-        run.save(session.checkpoint())
-        if session.ranks.is_first:
-            draw_curves(run.folder)
-        print(f"{stop}: saved after iteration {session.iteration}; go on with: {_go_on(session, run)}", flush=True)
-        return stop.exit_code
+        return endings.interrupted(session, run, stop)
     except NonFiniteLossError as error:
+        signals.stop_watching()
         if session.ranks.is_first:
             print(f"error: {_save_non_finite(session, run, error)}", file=sys.stderr)
         return NON_FINITE
     except RankLostError as error:
-        _tell_lost(session, run, saves=True, cause=str(error))
-        if session.learner.device.type == "cuda":
-            os._exit(RANK_LOST)  # where NCCL waits for the dead, leaving would too
-        return RANK_LOST
+        return endings.rank_lost(session, run, signals, error)
     return 0
-
-
-def _go_on(session: Session, run: Run) -> str:
-    """The command that continues the run."""
-    size = session.ranks.size
-    launcher = "python" if size == 1 else f"torchrun --nproc-per-node={size}"
-    return f"{launcher} -m cxgrad_fast.train --resume {shlex.quote(str(run.folder))}"
-
-
-def _tell_lost(session: Session, run: Run, saves: bool, cause: str = "") -> None:
-    """One line from one of the ranks that live; where that is the first, after a last checkpoint."""
-    ranks, latest, iteration = session.ranks, run.folder / LATEST, session.iteration
-    who = who_was_lost(ranks, cause)
-    if not who:
-        return
-    if ranks.is_first and saves:
-        run.save(session.checkpoint())
-    else:
-        try:
-            iteration = read_checkpoint(latest).iteration
-        except InputError:  # on rank 0's machine alone
-            iteration = -1
-    stands = f"iteration {iteration}" if iteration >= 0 else "where rank 0 ran"
-    print(
-        f"error: {who} at iteration {session.iteration + 1}; the run stands at {latest} ({stands}); "
-        f"go on with: {_go_on(session, run)}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _train(session: Session, run: Run, signals: Signals) -> None:
@@ -280,15 +263,16 @@ def _train(session: Session, run: Run, signals: Signals) -> None:
                 progress.note(_validate(session, run, signals))
             if session.iteration >= config.outer.iterations:
                 return
-            recent.append(steps.advance(_next_stop(session)))
-            _log(session, run, recent[-1])
+            steps.advance(_next_stop(session))
+            recent.append(_finish_step(session, run, signals, steps))
             progress.update(session.iteration, _describe(recent, meta_batch))
             signals.check()
             if session.iteration % config.run.checkpoint_every == 0:
-                run.save(session.checkpoint())
+                with signals.hold():
+                    run.save(session.checkpoint())
     except (Interrupted, RankLostError):
-        for numbers in steps.drain():  # their updates are in the weights that will be saved
-            _log(session, run, numbers)
+        while steps.is_next_done():  # its update is in the weights that will be saved
+            _finish_step(session, run, signals, steps)
         raise
     finally:
         progress.close()
@@ -301,8 +285,15 @@ def _next_stop(session: Session) -> int:
     return min(*ahead, outer.iterations)
 
 
+def _finish_step(session: Session, run: Run, signals: Signals, steps: Steps) -> StepNumbers:
+    """Take over the next step's update, count it, write its rows: at no time is the session between two steps."""
+    with signals.hold():
+        numbers = steps.finish()
+        _log(session, run, numbers)
+    return numbers
+
+
 def _log(session: Session, run: Run, step: StepNumbers) -> None:
-    """Count a finished meta-step, and write its rows."""
     session.iteration += 1
     names = ("loss", "accuracy", "first_support_loss", "last_support_loss")
     values = (step.loss, step.accuracy, *step.support_losses)
@@ -331,15 +322,16 @@ def _validate(session: Session, run: Run, signals: Signals) -> str:
     )
     result = score(logits, labels)
     now = Best(session.iteration, result.accuracy)
-    session.validated = session.iteration
-    session.best = sorted([*session.best, now], key=lambda best: (-best.accuracy, best.iteration))[
-        : evaluation.ensemble
-    ]
-    run.log(session.iteration, "val", loss=result.loss, accuracy=result.accuracy, interval=result.tasks_interval)
-    checkpoint = session.checkpoint()
-    if now in session.best:
-        run.save_best(now, checkpoint)
-    run.save(checkpoint)
+    with signals.hold():
+        session.validated = session.iteration
+        session.best = sorted([*session.best, now], key=lambda best: (-best.accuracy, best.iteration))[
+            : evaluation.ensemble
+        ]
+        run.log(session.iteration, "val", loss=result.loss, accuracy=result.accuracy, interval=result.tasks_interval)
+        checkpoint = session.checkpoint()
+        if now in session.best:
+            run.save_best(now, checkpoint)
+        run.save(checkpoint)
     rank = f"number {session.best.index(now) + 1} so far" if now in session.best else "not among the best"
     return f"iteration {session.iteration}: validation accuracy {100 * result.accuracy:.2f} %, {rank}"
 
@@ -364,6 +356,7 @@ def _test(session: Session, run: Run, signals: Signals) -> None:
                 "\n".join([f"{part} on {sampler.pool.source}", *(f"  {line}" for line in result.lines())]), flush=True
             )
             results[part] = {"source": sampler.pool.source} | result.plain()
+    signals.stop_watching()  # all is done that could be repeated
     if ranks.is_first:
         write_atomic(run.folder / "result.json", (json.dumps(results, indent=2) + "\n").encode())
         draw_curves(run.folder)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import config_of, random_episodes, relative_error
-from ranks import Launched, polled
+from ranks import Launched
+from same_runs import assert_same_run
 from test_captured import Rerun, fused
 from tiny_runs import train, words
 from torch import Tensor
@@ -26,31 +19,11 @@ from cxgrad_fast import train as train_module
 from cxgrad_fast.checkpoints import read_checkpoint
 from cxgrad_fast.cli import run_command
 from cxgrad_fast.data.pool import ImagePool
-from cxgrad_fast.engine import ALONE, RankLostError, Ranks, join_ranks
+from cxgrad_fast.engine import ALONE, Ranks, join_ranks
 from cxgrad_fast.evaluate import main as evaluate
 from cxgrad_fast.evaluate import predict_tasks
-from cxgrad_fast.runs import read_metrics
-from cxgrad_fast.signals import Interrupted, Signals
 
 pytest_plugins = ("tiny_runs_fixtures",)
-
-FOREVER = 1_000_000
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, statistics and metrics agree but for rounding; the same models were chosen."""
-    left, right = read_checkpoint(one / "latest.pt"), read_checkpoint(other / "latest.pt")
-    assert left.iteration == right.iteration
-    assert [tuple(best) for best in left.best] == [pytest.approx(tuple(best)) for best in right.best]
-    torch.testing.assert_close(left.state, right.state, rtol=1e-10, atol=1e-10)
-    expected = read_metrics(other)
-    for split, table in read_metrics(one).items():
-        for column, values in table.items():
-            assert values == pytest.approx(expected[split][column], rel=1e-10, nan_ok=True), (split, column)
-    results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
-    assert results[0].pop("test") == pytest.approx(results[1].pop("test"))
-    assert results[0] == results[1]
-
 
 # the numbers, in ranks
 
@@ -207,62 +180,6 @@ def test_evaluation_on_ranks_prints_what_one_process_does(finished, tmp_path, ca
     assert launched.out(1) + launched.err() == ""
 
 
-def find_rank(launcher: int, rank: int) -> int:
-    """The process that torchrun runs as this rank."""
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-            return int(child)
-    raise AssertionError("no such rank")
-
-
-def test_a_killed_rank_is_told_and_another_number_of_ranks_goes_on(images, tmp_path) -> None:
-    run, lost = tmp_path / "run", os.getpid() % 3
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    changes = words(images, outer__iterations=FOREVER, outer__meta_batch=4, outer__validate_every=5)
-    command += ["-m", "cxgrad_fast.train", "--out", str(run), *changes]
-    torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in polled():
-            assert torchrun.poll() is None, torchrun.communicate()
-            if (run / "metrics.csv").exists() and (run / "metrics.csv").read_text().count(",train,") > 6:
-                break
-        os.kill(find_rank(torchrun.pid, lost), signal.SIGKILL)
-        _, err = torchrun.communicate(timeout=100)
-    finally:
-        torchrun.kill()
-    assert torchrun.returncode != 0
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    saved = read_checkpoint(run / "latest.pt")
-    assert line.startswith(f"error: rank {lost} of 3 was lost at iteration "), line
-    assert f"; the run stands at {run}/latest.pt (iteration {saved.iteration}); go on with: torchrun --nproc-" in line
-    if lost:
-        assert saved.iteration > 6  # rank 0 saved what it had
-        assert f"lost at iteration {saved.iteration + 1};" in line
-
-    iterations = saved.iteration + 5
-    launched = Launched(tmp_path / "ranks", 2, train, "--resume", run, f"--outer.iterations={iterations}")
-    assert launched.wait() == [0, 0], launched.err()
-    changes = words(images, outer__iterations=iterations, outer__meta_batch=4, outer__validate_every=5)
-    assert train("--out", tmp_path / "straight", *changes) == 0
-    assert_same_run(run, tmp_path / "straight")
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(images, tmp_path) -> None:
-    run = tmp_path / "run"
-    changes = words(images, outer__iterations=FOREVER, outer__validate_every=3)
-    launched = Launched(tmp_path / "ranks", 2, train, "--out", run, *changes)
-    for _ in polled():
-        assert launched.ranks[0].is_alive(), launched.err()
-        if (run / "metrics.csv").exists() and (run / "metrics.csv").read_text().count(",train,") > 4:
-            break
-    os.kill(launched.ranks[1].pid, signal.SIGTERM)
-    assert launched.wait() == [128 + signal.SIGTERM] * 2, launched.err()
-    stopped_at = read_checkpoint(run / "latest.pt").iteration
-    assert f"SIGTERM: saved after iteration {stopped_at}; go on with: torchrun --nproc-per-node=2 -m" in launched.out(0)
-    assert launched.out(1) + launched.err() == ""
-    assert (run / "metrics.csv").read_text().splitlines()[-1].startswith(f"{stopped_at},")
-
-
 def train_without_images(*arguments: object) -> int:
     """They are on the first rank's machine only."""
     if int(os.environ["RANK"]):
@@ -297,20 +214,6 @@ def test_bad_input_is_told_once(finished, images, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def train_and_die(*arguments: object) -> int:
-    """The second rank does while it opens its images."""
-    if os.environ["RANK"] == "1":
-        train_module.open_pool = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-    return train(*arguments)
-
-
-def test_a_rank_that_dies_before_the_run_is_told_and_leaves_no_folder(images, tmp_path) -> None:
-    launched = Launched(tmp_path / "ranks", 3, train_and_die, "--out", tmp_path / "run", *words(images))
-    assert launched.wait() == [4, -signal.SIGKILL, 4]
-    assert launched.err() == "error: rank 1 of 3 was lost, there is nothing to save: start again\n"
-    assert not (tmp_path / "run").exists()
-
-
 def train_with_a_bad_task(*arguments: object) -> int:
     """The third rank's task of the second step is not a number."""
     sample = EpisodeSampler.sample
@@ -333,42 +236,3 @@ def test_a_bad_task_of_one_rank_stops_all(images, tmp_path) -> None:
     (line,) = launched.err().splitlines()
     assert "is not finite: iteration 2, tasks 3 to 5; the weights before it and its episodes are in" in line
     assert len(read_checkpoint(run / "nonfinite-2.pt").episode["query_y"]) == 3
-
-
-# who does not come
-
-
-def wait_in_vain() -> int:
-    """The last rank hangs: the others find out, each by itself, which."""
-    ranks = join_ranks(timeout=timedelta(seconds=1))
-    if ranks.rank == ranks.size - 1:
-        ranks.store.wait(["0 has gone", "1 has gone"], timedelta(seconds=60))
-        return 0
-    try:
-        ranks.total([torch.ones(3)])
-    except RankLostError:
-        assert ranks.lost() == [ranks.size - 1]
-        ranks.store.set(f"{ranks.rank} has gone", "")
-        return 4
-    return 0
-
-
-def test_a_rank_that_hangs_counts_as_lost(tmp_path) -> None:
-    launched = Launched(tmp_path / "ranks", 3, wait_in_vain)
-    assert launched.wait() == [4, 4, 0], launched.err()
-
-
-def test_a_main_thread_that_waits_for_the_dead_is_left() -> None:
-    signed, left = [], threading.Event()
-    ranks = SimpleNamespace(size=2, sign=lambda: signed.append(1), tell=lambda word: None, heard=lambda: 15)
-    with Signals(ranks, stuck=left.set, grace=0.05) as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert left.wait(30)
-        assert signed == [1]
-    with Signals(ranks, stuck=left.clear, grace=0.05) as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted):
-            signals.check()
-        assert signals._watch is not None
-        signals._watch.join()
-    assert left.is_set()  # who stops as asked is not stuck

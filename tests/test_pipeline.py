@@ -12,7 +12,7 @@ from test_captured import Rerun, fused
 from cxgrad_fast import EpisodeSampler, Learner
 from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.learner import NonFiniteLossError
-from cxgrad_fast.pipeline import Steps
+from cxgrad_fast.pipeline import StepNumbers, Steps
 
 CONFIG = config_of(inner__steps=1, model__image_size=16, model__filters=2, task__queries=2)
 
@@ -37,6 +37,11 @@ def steps_of(learner: Learner, sampler: EpisodeSampler, first: int = 0) -> Steps
     return Steps(learner, sampler, 2, slice(0, 2), first)
 
 
+def step(steps: Steps, until: int) -> StepNumbers:
+    steps.advance(until)
+    return steps.finish()
+
+
 def assert_same(one: Learner, other: Learner) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
@@ -45,14 +50,14 @@ def test_the_numbers_of_one_step_at_a_time(sampler: EpisodeSampler) -> None:
     plain, captured = fused(Learner(CONFIG)), ahead()
     assert plain.steps_ahead == 1
     one, two = steps_of(plain, sampler), steps_of(captured, sampler)
-    for step in range(6):
-        expected, found = one.advance(6), two.advance(6)
+    for number in range(6):
+        expected, found = step(one, 6), step(two, 6)
         assert replace(found, seconds=0) == replace(expected, seconds=0)
         assert len(found.support_losses) == 2
-        direct = sampler.sample(2 * step, 2)
+        direct = sampler.sample(2 * number, 2)
         assert direct.ways == 5  # whoever draws knows the labels
     assert_same(plain, captured)
-    assert list(two.drain()) == []
+    assert not two.is_next_done()
 
 
 def test_nothing_is_started_beyond_where_the_weights_are_wanted(sampler: EpisodeSampler) -> None:
@@ -60,19 +65,33 @@ def test_nothing_is_started_beyond_where_the_weights_are_wanted(sampler: Episode
     one, two = steps_of(plain, sampler), steps_of(captured, sampler)
     for until, count in ((3, 3), (5, 2)):
         for _ in range(count):
-            one.advance(until)
-            two.advance(until)
+            step(one, until)
+            step(two, until)
         assert_same(plain, captured)
 
 
 def test_what_is_under_way_is_finished_before_a_checkpoint(sampler: EpisodeSampler) -> None:
     plain, captured = fused(Learner(CONFIG)), ahead()
     one, two = steps_of(plain, sampler, first=3), steps_of(captured, sampler, first=3)
-    found = [two.advance(9), *two.drain()]
-    expected = [one.advance(9) for _ in found]
+    found = [step(two, 9)]
+    while two.is_next_done():
+        found.append(two.finish())
+    expected = [step(one, 9) for _ in found]
     assert len(found) == 2
-    assert [step.loss for step in found] == [step.loss for step in expected]
+    assert [numbers.loss for numbers in found] == [numbers.loss for numbers in expected]
     assert_same(plain, captured)
+
+
+def test_a_step_changes_nothing_until_it_is_finished(sampler: EpisodeSampler) -> None:
+    learner, untouched = Learner(CONFIG), Learner(CONFIG)
+    steps = steps_of(learner, sampler)
+    steps.advance(9)
+    assert steps.is_next_done()
+    assert_same(learner, untouched)
+    steps.finish()
+    expected = steps_of(untouched, sampler)
+    step(expected, 9)
+    assert_same(learner, untouched)
 
 
 def test_a_step_that_is_not_finite_is_the_one_told_of(sampler: EpisodeSampler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +105,7 @@ def test_a_step_that_is_not_finite_is_the_one_told_of(sampler: EpisodeSampler, m
     monkeypatch.setattr(sampler, "sample", with_a_hole)
     one, two = steps_of(plain, sampler), steps_of(captured, sampler)
     for _ in range(2):
-        assert two.advance(9).loss == one.advance(9).loss
+        assert step(two, 9).loss == step(one, 9).loss
     with pytest.raises(NonFiniteLossError, match="the loss of this meta-step is not finite"):
         two.advance(9)
     assert_same(plain, captured)  # the weights before it, though the step after it was started

@@ -8,7 +8,6 @@ ranks adds in another order: there float64 gradients agree to about 1e-13, not t
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine.meta_loss import MetaLoss
+from cxgrad_fast.engine.notes import Notes
 from cxgrad_fast.engine.static import Gradients, shape_of, tensors_of
 from cxgrad_fast.episodes import Episodes
 
@@ -58,7 +58,7 @@ class Ranks:
         size: how many there are.
         local_rank: of this process among those of its machine.
         local_size: how many there are on its machine.
-        store: where they leave notes for each other, whoever still lives.
+        notes: what they leave for each other, whoever still lives. A process by itself has none.
         patient: a group that waits long.
         timeout: a rank that a step waits longer for counts as lost.
     """
@@ -67,7 +67,7 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    store: Any = field(default=None, repr=False, compare=False)
+    notes: Notes = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # ALONE has no use for it
     patient: Any = field(default=None, repr=False, compare=False)
     timeout: timedelta = field(default=TIMEOUT, repr=False, compare=False)
     _words: _Words = field(default_factory=_Words, repr=False, compare=False)
@@ -220,26 +220,11 @@ class Ranks:
         if kind is None or not torch.cuda.is_initialized():  # NCCL would wait for the dead
             self._hang_up()
 
-    def sign(self) -> None:
-        """Note that this rank lives; for :meth:`lost`."""
-        self.store.set(f"cxgrad_fast/lives/{self.rank}", "")
-
-    def lost(self, patience: float = 8.0) -> list[int]:
-        """The ranks that have not signed some seconds after one was found to be lost; the others find out now."""
-        if self.size == 1:
-            return []
-        try:
-            self.sign()
-            if not torch.cuda.is_initialized():
-                self._hang_up()  # who waits for this rank, and not for the lost one, would wait on
-            deadline = time.monotonic() + patience
-            while True:
-                missing = [r for r in range(self.size) if not self.store.check([f"cxgrad_fast/lives/{r}"])]
-                if len(missing) <= 1 or time.monotonic() > deadline:
-                    return missing
-                time.sleep(0.02)
-        except RuntimeError:  # torchrun, which keeps the notes, has gone
-            return []
+    def give_up(self) -> None:
+        """Let the others find out, after one was found to be lost, that there is nothing to wait for."""
+        self.notes.call()
+        if not torch.cuda.is_initialized():
+            self._hang_up()  # who waits for this rank, and not for the lost one, would wait on
 
     def _hang_up(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -279,12 +264,14 @@ def join_ranks(timeout: timedelta = TIMEOUT) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if has_devices else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
+        notes = Notes(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=_OPENING_TIMEOUT)
+        notes.meet()
     except RuntimeError as error:
         raise RankLostError(" ".join(str(error).split())) from error
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    return Ranks(rank, size, local_rank, local_size, store, patient, timeout)
+    return Ranks(rank, size, local_rank, local_size, notes, patient, timeout)
 
 
 class SharedGradients:

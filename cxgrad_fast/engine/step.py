@@ -61,13 +61,22 @@ class RunningStatistics:
 
 
 class Pending:
-    """A meta-step that was started."""
+    """A meta-step that was started.
 
-    def __init__(self, out: MetaLoss) -> None:
+    Args:
+        out: its meta-loss.
+        update: what it does to the learner; called once, when the result is asked for.
+    """
+
+    def __init__(self, out: MetaLoss, update: Callable[[], None]) -> None:
         self._out = out
+        self._update: Callable[[], None] | None = update
+
+    def wait(self) -> None:
+        """Return once all is computed. Raises as :meth:`result`."""
 
     def result(self) -> MetaLoss:
-        """Its meta-loss, once it is done.
+        """Its meta-loss, once it is done and the learner has its update.
 
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite. The step changed nothing, nor did any that was
@@ -75,6 +84,9 @@ class Pending:
             RankLostError: it waits for another rank for too long. Neither it nor any that was started after it will
                 change anything.
         """
+        if self._update is not None:
+            self._update()
+            self._update = None
         return self._out
 
     def on_host(self) -> MetaLoss:
@@ -250,14 +262,14 @@ class _PendingReplay(Pending):
             self._host = values
 
     def result(self) -> MetaLoss:
-        self._wait()
+        self.wait()
         return self._made_of(self._values)
 
     def on_host(self) -> MetaLoss:
-        self._wait()
+        self.wait()
         return self._made_of(self._host)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self._event is not None:
             self._waiting(self._event)
         if self._host[-1]:
