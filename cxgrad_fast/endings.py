@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from typing import TYPE_CHECKING
 
 from cxgrad_fast.checkpoints import read_checkpoint
 from cxgrad_fast.config import InputError
 from cxgrad_fast.engine import RankLostError
 from cxgrad_fast.launched import Ending, ending_of
 from cxgrad_fast.runs import LATEST, Run, draw_curves
+from cxgrad_fast.session import Session
 from cxgrad_fast.signals import Interrupted, Signals
-
-if TYPE_CHECKING:
-    from cxgrad_fast.train import Session
 
 
 def interrupted(session: Session, run: Run, stop: Interrupted) -> int:

@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any
 
-from cxgrad_fast.cli import run_command
 from cxgrad_fast.engine import ALONE, Ranks
 
 # seconds; torchrun kills 30 after a signal, and what is saved then has to reach the disk before
@@ -163,8 +162,10 @@ class Signals:
                 return
             self._ends = True
             try:
-                code = run_command(lambda _: self._end(self._received))
+                code = self._end(self._received)
             except Exception:
                 traceback.print_exc()
                 code = 1
+            if self._ranks.is_first:
+                self._ranks.notes.leave(code)  # what went wrong has been told
             self._leave(code)

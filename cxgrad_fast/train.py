@@ -7,13 +7,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cxgrad_fast import endings
 from cxgrad_fast.checkpoints import Best, Checkpoint, read_checkpoint, write_atomic, write_checkpoint
@@ -38,6 +36,7 @@ from cxgrad_fast.runs import (
     latest_file,
     source_version,
 )
+from cxgrad_fast.session import Session, restore_rng
 from cxgrad_fast.signals import Interrupted, Signals
 
 NON_FINITE = 3  # exit code
@@ -58,49 +57,6 @@ RESUMABLE = frozenset(
 )
 
 
-@dataclass
-class Session:
-    """A training run in memory; :meth:`checkpoint` is what of it outlives the process.
-
-    Attributes:
-        samplers: by their part in the run: train, val, test, cross-domain.
-        ranks: the processes that train it; all but the first keep what they find to themselves.
-        iteration: meta-updates done.
-        validated: iteration of the last validation.
-        best: best models so far, best first.
-    """
-
-    config: Config
-    learner: Learner
-    samplers: dict[str, EpisodeSampler]
-    fingerprints: dict[str, str]
-    source: str
-    ranks: Ranks
-    iteration: int = 0
-    validated: int = 0
-    best: list[Best] = field(default_factory=list)
-
-    def checkpoint(self, **episode: Any) -> Checkpoint:
-        """The session as it stands."""
-        return Checkpoint(
-            config=self.config,
-            state=self.learner.state_dict(),
-            iteration=self.iteration,
-            validated=self.validated,
-            best=tuple(self.best),
-            fingerprints=self.fingerprints,
-            rng=_rng_states(self.learner.device),
-            source=self.source,
-            episode=episode,
-        )
-
-    def validation_is_due(self) -> bool:
-        """Whether the weights of now are to be validated and have not been."""
-        outer = self.config.outer
-        is_due = self.iteration % outer.validate_every == 0 or self.iteration >= outer.iterations
-        return self.iteration > self.validated and is_due
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises InputError for what :func:`cxgrad_fast.cli.run_command` prints."""
     return on_ranks(_main, argv)
@@ -112,7 +68,9 @@ def _main(argv: Sequence[str] | None, ranks: Ranks, signals: Signals) -> int:
         settings["run.compile"] = True
     with ExitStack() as stack:
         session, run = (_start if options.resume is None else _resume)(options, settings, ranks, signals, stack)
-        stack.enter_context(signals.guarding(lambda signum: endings.step_left(session, run, signum)))
+        stack.enter_context(
+            signals.guarding(lambda signum: run_command(lambda _: endings.step_left(session, run, signum)))
+        )
         where = f"{session.learner.device}, {session.config.run.precision}"
         if ranks.size > 1:
             where += f", {ranks.size} ranks"
@@ -192,7 +150,7 @@ def _resume(
         return session
 
     session = ranks.in_turn(opened)
-    _restore_rng(saved.rng, session.learner.device)
+    restore_rng(saved.rng, session.learner.device)
     run = _open_run(ranks, signals, folder, lambda: Run(folder, session.checkpoint(), locks[0]))
     return session, stack.enter_context(run)
 
@@ -390,17 +348,6 @@ def _save_non_finite(session: Session, run: Run, error: NonFiniteLossError) -> s
         f"{error}: iteration {step}, tasks {tasks[0]} to {tasks[-1]}; the weights before it and its episodes are in "
         f"'{file}', {LATEST} is as it was"
     )
-
-
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 if __name__ == "__main__":

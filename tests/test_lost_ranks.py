@@ -53,6 +53,14 @@ def wait_for_ever() -> None:
     threading.Event().wait()
 
 
+def wait_for(marker: Path, launched: Launched) -> None:
+    """Return once a rank has made the file."""
+    for _ in polled():
+        assert all(process.is_alive() for process in launched.ranks), launched.err()
+        if marker.exists():
+            return
+
+
 def changes(images: Path, **others: object) -> list[str]:
     """Three tasks a step, and no checkpoint but the first before a run's end."""
     settings = {"outer__iterations": FOREVER, "outer__meta_batch": 3, "outer__validate_every": FOREVER}
@@ -206,16 +214,16 @@ def test_a_rank_that_dies_before_the_run_is_told_and_leaves_no_folder(images, tm
     assert not (tmp_path / "run").exists()
 
 
+def fill_the_disk() -> None:
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.os.replace = full
+
+
 def train_on_a_full_disk(*arguments: object) -> int:
     """From the first checkpoint after the start on."""
-
-    def fill() -> None:
-        def full(source: object, target: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        checkpoints.os.replace = full
-
-    at_step(0, fill)
+    at_step(0, fill_the_disk)
     return train(*arguments)
 
 
@@ -273,11 +281,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(images, tmp_path) -> No
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith(f"{stopped_at},")
 
 
-def train_long_steps(busy: int, marker: Path, *arguments: object) -> int:
+def train_long_steps(busy: int, marker: Path, *arguments: object, first: Callable[[], None] = lambda: None) -> int:
     """One rank is busy for ever in a step, the other waits for it; there is no patience with long steps."""
     signals_module.PATIENCE = 0.0
 
     def be_busy() -> None:
+        first()
         marker.touch()
         wait_for_ever()
 
@@ -289,10 +298,7 @@ def train_long_steps(busy: int, marker: Path, *arguments: object) -> int:
 def test_a_signal_in_a_long_step_saves_the_step_before_it(images, tmp_path, busy: int) -> None:
     run, marker = tmp_path / "run", tmp_path / "marker"
     launched = Launched(tmp_path / "ranks", 2, train_long_steps, busy, marker, "--out", run, *changes(images))
-    for _ in polled():
-        assert launched.ranks[busy].is_alive(), launched.err()
-        if marker.exists():
-            break
+    wait_for(marker, launched)
     for process in launched.ranks:  # as torchrun does
         os.kill(process.pid, signal.SIGTERM)
     assert launched.wait() == [128 + signal.SIGTERM] * 2, launched.err()
@@ -301,6 +307,22 @@ def test_a_signal_in_a_long_step_saves_the_step_before_it(images, tmp_path, busy
     assert told in launched.out(0)
     assert read_checkpoint(run / "latest.pt").iteration == STEPS
     assert_goes_on(run, images, tmp_path / "straight")
+
+
+def train_long_steps_on_a_full_disk(marker: Path, *arguments: object) -> int:
+    return train_long_steps(0, marker, *arguments, first=fill_the_disk)
+
+
+def test_a_full_disk_is_told_once_where_a_long_step_is_left(images, tmp_path) -> None:
+    run, marker = tmp_path / "run", tmp_path / "marker"
+    launched = Launched(tmp_path / "ranks", 2, train_long_steps_on_a_full_disk, marker, "--out", run, *changes(images))
+    wait_for(marker, launched)
+    for process in launched.ranks:
+        os.kill(process.pid, signal.SIGTERM)
+    assert launched.wait() == [2, 2], launched.err()
+    (line,) = launched.err().splitlines()
+    assert line.startswith(f"error: cannot write or read '{run}/latest.pt': No space left on device")
+    assert read_checkpoint(run / "latest.pt").iteration == 0
 
 
 def train_slow_images(marker: Path, *arguments: object) -> int:
@@ -319,10 +341,7 @@ def train_slow_images(marker: Path, *arguments: object) -> int:
 def test_a_signal_before_the_run_ends_all_ranks(images, tmp_path) -> None:
     marker = tmp_path / "marker"
     launched = Launched(tmp_path / "ranks", 2, train_slow_images, marker, "--out", tmp_path / "run", *changes(images))
-    for _ in polled():
-        assert launched.ranks[0].is_alive(), launched.err()
-        if marker.exists():
-            break
+    wait_for(marker, launched)
     for process in launched.ranks:
         os.kill(process.pid, signal.SIGINT)
     assert launched.wait() == [128 + signal.SIGINT] * 2, launched.err()
