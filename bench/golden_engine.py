@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from golden_files import Arrays, Golden
-from golden_rules import reduction
+from golden_rules import joint, reduction
 
-from cxgrad_fast import Config, Learner, preset
+from cxgrad_fast import Config, Learner, preset, released
 
 
 def engine(file: Golden) -> Arrays | None:
@@ -28,7 +28,9 @@ def _by_learner(file: Golden, config: Config) -> Arrays:
     out = learner.meta_loss(file.episodes)
     parameters = learner.meta_parameters
     gradients = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    adapted = learner.adapt(file.episodes.support_x, file.episodes.support_y).state.fast
+    adapted = {}  # where the query images are needed to adapt, there is nothing to look at before they come
+    if not learner.algorithm.joint:
+        adapted = learner.adapt(file.episodes.support_x, file.episodes.support_y).state.fast
     return {
         "outer_loss": out.loss,
         "trace_loss": torch.cat([out.support_losses, out.query_losses[:, None]], 1),
@@ -39,8 +41,8 @@ def _by_learner(file: Golden, config: Config) -> Arrays:
 
 
 def _of_file(file: Golden, **inner: object) -> Config | None:
-    """The Config of a file whose network is Conv-4 without convolution biases, which the engine does not have."""
-    if file.text("backbone", "conv4") != "conv4" or "features.0.bias" in file.parameters:
+    """The Config of a file whose network is Conv-4."""
+    if file.text("backbone", "conv4") != "conv4":
         return None
     x, ways = file.episodes.support_x, file.whole("ways", default=len(file.parameters["head.bias"]))
     return preset(
@@ -52,30 +54,98 @@ def _of_file(file: Golden, **inner: object) -> Config | None:
             "model.channels": x.shape[2],
             "model.image_size": x.shape[3],
             "model.filters": len(file.parameters["features.0.weight"]),
+            "model.conv_bias": "features.0.bias" in file.parameters,
             "model.slope": file.number("leaky_relu_slope", default=0.0),
             "model.norm_eps": file.number("bn_eps", default=1e-5),
             "outer.reduction": reduction(file),
             "run.precision": "float64",
             "run.device": "cpu",
-            "inner.steps": file.whole("steps"),
-            "inner.learning_rate": file.number("alpha"),
             "inner.order": 1 + file.flag("second_order", default=file.family != "fomaml"),
             **{f"inner.{name}": value for name, value in inner.items()},
         },
     )
 
 
+def _gradient_descent(file: Golden) -> dict[str, object]:
+    return {"algorithm": file.family, "steps": file.whole("steps"), "learning_rate": file.number("alpha")}
+
+
 def _maml(file: Golden) -> Config | None:
-    return _of_file(file, algorithm="maml")
+    return _of_file(file, **_gradient_descent(file) | {"algorithm": "maml"})  # the order decides
 
 
 def _cxgrad(file: Golden) -> Config | None:
+    context = {"context_dim": file.whole("context_dim"), "context_learning_rate": file.number("beta")}
+    return _of_file(file, **_gradient_descent(file), **context)
+
+
+def _anil(file: Golden) -> Config | None:
+    return _of_file(file, **_gradient_descent(file), joint=joint(file, file.algorithm == "anil_joint"))
+
+
+def _boil(file: Golden) -> Config | None:
     return _of_file(
         file,
-        algorithm="cxgrad",
-        context_dim=file.whole("context_dim"),
-        context_learning_rate=file.number("beta"),
+        algorithm="boil",
+        steps=file.whole("steps", default=1),
+        learning_rate=file.number("extractor_step_size", "alpha"),
+        head_learning_rate=file.number("classifier_step_size", default=0.0),
     )
 
 
-_ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {"cxgrad": _cxgrad, "maml": _maml, "fomaml": _maml}
+def _metasgd(file: Golden) -> Config | None:
+    return _of_file(file, algorithm="metasgd", steps=file.whole("steps"))
+
+
+def _l2f(file: Golden) -> Config | None:
+    in_graph = file.flag("embedding_in_graph", default=file.algorithm == "l2f_alfa")
+    return _of_file(file, **_gradient_descent(file), embedding_in_graph=in_graph)
+
+
+def _alfa(file: Golden) -> Config | None:
+    if file.flag("conditioning_gradient_in_graph", default=False):
+        return None
+    random_init = any(name.startswith("decay_elements.") for name in file.parameters)
+    return _of_file(file, algorithm="alfa", steps=file.whole("steps"), random_init=random_init)
+
+
+def _cavia(file: Golden) -> Config | None:
+    *blocks, head = file.flags("context_in", 5)
+    return _of_file(
+        file,
+        algorithm="cavia",
+        steps=file.whole("steps"),
+        learning_rate=file.number("lr_inner", "alpha"),
+        context_dim=file.whole("context_dim"),
+        layers=[block for block, has_context in enumerate(blocks) if has_context],
+        hidden=any(name.startswith("film.") and name.split(".")[2] == "2" for name in file.parameters),
+        context_at_head=head,
+    )
+
+
+def _modgrad(file: Golden) -> Config | None:
+    ours = released.ours(file.table)
+    names = [ours[name] for name in file.texts("adapted_names") if name.endswith(".weight")]
+    return _of_file(
+        file,
+        algorithm="modgrad",
+        steps=2 * file.whole("inner_step"),
+        learning_rate=file.number("alpha"),
+        context_dim=file.whole("context_dim"),
+        mixtures=file.whole("num_mix", default=5),
+        layers=[int(name.split(".")[1]) for name in names],
+    )
+
+
+_ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
+    "alfa": _alfa,
+    "anil": _anil,
+    "boil": _boil,
+    "cavia": _cavia,
+    "cxgrad": _cxgrad,
+    "fomaml": _maml,
+    "l2f": _l2f,
+    "maml": _maml,
+    "metasgd": _metasgd,
+    "modgrad": _modgrad,
+}

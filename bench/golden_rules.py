@@ -87,7 +87,7 @@ def _cxgrad(file: Golden) -> Arrays:
 
 def _anil(file: Golden) -> Arrays:
     settings = by_gradients(file) | {"steps": file.whole("steps"), "learning_rate": file.number("alpha")}
-    return run(file, anil, joint=_joint(file, file.algorithm == "anil_joint"), **settings)[0]
+    return run(file, anil, joint=joint(file, file.algorithm == "anil_joint"), **settings)[0]
 
 
 def _boil(file: Golden) -> Arrays:
@@ -184,7 +184,7 @@ def _reptile(file: Golden) -> Arrays:
     }
 
 
-def _joint(file: Golden, usual: bool) -> bool:
+def joint(file: Golden, usual: bool) -> bool:
     """Whether support and query are normalised together."""
     return "together" in file.text("batch_statistics", "together" if usual else "apart")
 
@@ -215,14 +215,14 @@ def _protonet(file: Golden) -> Arrays:
     usual = "cosine" if file.algorithm.endswith("cosine") else "euclidean" if easyfsl else "squared"
     said = file.text("distance", usual)
     distance = "cosine" if "cos" in said else "squared" if said.startswith("squared") else "euclidean"
-    return _metric(file, protonet, distance=distance, joint=_joint(file, not easyfsl))
+    return _metric(file, protonet, distance=distance, joint=joint(file, not easyfsl))
 
 
 def _matchingnet(file: Golden) -> Arrays:
     easyfsl = file.table is released.EASYFSL
     full_context = file.flag("fce", default="query_lstm.weight_ih" in file.parameters)
     attention = "support_cosine" if easyfsl else "cosine"
-    return _metric(file, matchingnet, full_context=full_context, attention=attention, joint=_joint(file, not easyfsl))
+    return _metric(file, matchingnet, full_context=full_context, attention=attention, joint=joint(file, not easyfsl))
 
 
 def _relationnet(file: Golden) -> Arrays:
@@ -234,7 +234,7 @@ def _relationnet(file: Golden) -> Arrays:
         shots_rule=file.text("shots_rule", "mean" if closerlook else "sum"),
         relation_padding=file.whole("relation_padding", default=int(small)),
         loss_type=file.text("loss_type", "softmax" if file.algorithm.endswith("softmax") else "mse"),
-        joint=_joint(file, closerlook),
+        joint=joint(file, closerlook),
     )
 
 

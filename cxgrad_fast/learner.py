@@ -87,7 +87,9 @@ class Learner:
         rate = config.outer.learning_rate
         if self.device.type == "cuda":  # the kernel that a graph can hold; there it reads its rate as a float32
             self._adam, rate = {"fused": True, "capturable": True}, float(np.float32(rate))
-        self.optimizer = torch.optim.Adam(self.meta_parameters.values(), lr=rate, **self._adam)
+        declared = self.algorithm.declared
+        trained = [tensor for name, tensor in self.meta_parameters.items() if declared[name].trained]
+        self.optimizer = torch.optim.Adam(trained, lr=rate, **self._adam)
         self._statistics = RunningStatistics(self.device)
         self._gradients: Gradients = self._loss_and_gradients
         self._sharing = SharedGradients(config, ranks)
@@ -321,8 +323,8 @@ class Learner:
         self._prepare()
 
     def released_names(self) -> dict[str, str]:
-        """Our names of the meta-parameters -> those of the paper's released program."""
-        return {name: _released_name(name) for name in self.meta_parameters}
+        """Our names of the meta-parameters -> those of the program that the algorithm's authors released."""
+        return {name: self.algorithm.released[name] for name in self.meta_parameters}
 
     def load_released(self, state_dict: Mapping[str, Any]) -> None:
         """Take the parameters of a checkpoint of the released program, under its own names.
@@ -361,6 +363,8 @@ class Learner:
             raise InputError(f"statistics takes one of transductive, support, running, got {shown(statistics)}")
         if statistics != "transductive" and self.config.model.norm != "batch":
             raise InputError(f"statistics = {statistics} needs model.norm = batch, not {self.config.model.norm}")
+        if statistics != "transductive" and self.algorithm.joint:
+            raise InputError(f"statistics = {statistics}: {self.config.inner.algorithm} normalises both sets together")
         if statistics == "running" and not self.running_statistics:
             raise InputError("statistics = running needs the averages of meta-training; this learner has none")
         return statistics
@@ -438,19 +442,3 @@ class Adapted:
 
 def _copies(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in moments.items()}
-
-
-def _released_name(name: str) -> str:
-    """The released program's name of our meta-parameter ``name``; ResNet-12's are those of the ALFA program."""
-    group, *rest = name.split(".")
-    if group == "head":
-        return "classifier.layer_dict.linear." + {"weight": "weights", "bias": "bias"}[rest[0]]
-    if group == "scaler":
-        return "gamma_generator." + ".".join(rest)
-    if rest[1].isdigit() or rest[1] == "shortcut":
-        block, conv, *rest = rest
-        layer = f"layer{block}." + ("shortcut_conv" if conv == "shortcut" else f"conv{int(conv) + 1}")
-    else:
-        layer = f"conv{rest.pop(0)}"
-    kind = "norm_layer." + rest[1] if rest[0] == "norm" else "conv." + rest[0]
-    return f"classifier.layer_dict.{layer}.{kind}"

@@ -150,7 +150,8 @@ def test_help_lists_every_setting_with_its_default_and_choices(parser: Parser, c
     for name, value in preset("glyphs-5w1s").flat().items():
         value = ",".join(map(str, value)) if isinstance(value, list) else value
         assert f"  --{name} {value}" in shown
-    assert "--inner.algorithm cxgrad   (cxgrad | fomaml | maml" in shown
+    assert "--inner.algorithm cxgrad   (alfa | " in shown
+    assert "with --inner.algorithm anil also: --inner.joint False" in shown
 
 
 def test_parse_takes_options_and_settings_in_any_order(parser: Parser) -> None:

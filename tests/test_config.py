@@ -106,7 +106,7 @@ def test_released_presets_say_what_the_program_does() -> None:
         ("run.device", "cuda:-1", "setting 'run.device' takes auto, cpu or cuda"),
         ("run.device", "cuda:１", "setting 'run.device' takes auto, cpu or cuda"),
         ("run.device", "cpu\n", r"setting 'run.device' takes auto, cpu or cuda\[:index\], got 'cpu\\n'"),
-        ("inner.algorithm", "\x1b[31m", r"takes one of 'cxgrad', .*'maml'.*, got '\\x1b\[31m'"),
+        ("inner.algorithm", "\x1b[31m", r"takes one of 'alfa', .*'maml'.*, got '\\x1b\[31m'"),
         ("\x1b[31m" + "x" * 5000, 1, r"^unknown setting '\\x1b\[31mx{20,60}\.\.\.x{20,60}': did you mean"),
     ],
     ids=shown,
@@ -118,9 +118,9 @@ def test_bad_settings(name: str, value: object, message: str) -> None:
 
 def test_each_algorithm_has_its_own_settings() -> None:
     assert preset("glyphs-5w1s", {"inner.algorithm": "fomaml"}).inner.order == 1
-    with pytest.raises(InputError, match=r"'inner.context_dim' belongs to cxgrad, not to maml .*which has 'inner"):
-        preset("glyphs-5w1s", {"inner.algorithm": "maml", "inner.context_dim": 3})
-    with pytest.raises(InputError, match=r"'inner.context_dim' belongs to cxgrad, not to maml"):
+    with pytest.raises(InputError, match=r"'inner.context_update' belongs to cxgrad, not to maml .*which has 'inner"):
+        preset("glyphs-5w1s", {"inner.algorithm": "maml", "inner.context_update": "step"})
+    with pytest.raises(InputError, match=r"'inner.context_dim' belongs to cavia, cxgrad, modgrad, not to maml"):
         preset("glyphs-5w1s", {"inner.algorithm": "maml"}).override({"inner.context_dim": 3})
     with pytest.raises(InputError, match="takes one of 1, got 2"):
         preset("glyphs-5w1s", {"inner.algorithm": "fomaml", "inner.order": 2})
@@ -134,7 +134,7 @@ def test_a_layer_that_changes_the_algorithm() -> None:
     lower = {"inner.context_dim": 3, "inner.steps": 2}
     config = preset("glyphs-5w1s", lower, {"inner.algorithm": "maml"})
     assert (config.inner.algorithm, config.inner.steps) == ("maml", 2)
-    with pytest.raises(InputError, match="belongs to cxgrad"):
+    with pytest.raises(InputError, match="belongs to cavia, cxgrad, modgrad"):
         preset("glyphs-5w1s", {"inner.algorithm": "maml"}, lower)
     with pytest.raises(InputError, match=r"unknown setting 'inner.contxt_dim'"):
         preset("glyphs-5w1s", {"inner.contxt_dim": 3}, {"inner.algorithm": "maml"})

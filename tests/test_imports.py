@@ -20,7 +20,7 @@ ALLOWED = {
     "files": set(),
     "kernels": {"kernels", "cache_folder", "files"},
     "models": {"kernels", "models"},
-    "algorithms": {"kernels", "models", "algorithms"},
+    "algorithms": {"kernels", "models", "algorithms", "released"},
     "schema": set(),
     "torch_files": {"files"},
     "data": {"data", "cache_folder", "files"},

@@ -91,7 +91,7 @@ def test_released_names() -> None:
     assert names["scaler.2.weight"] == "gamma_generator.2.weight"
     names = Learner(config_of(model__backbone="resnet12", model__filters=2)).released_names()
     assert names["features.2.1.weight"] == "classifier.layer_dict.layer2.conv2.conv.weight"
-    assert names["features.0.shortcut.norm.weight"] == "classifier.layer_dict.layer0.shortcut_conv.norm_layer.weight"
+    assert names["features.0.shortcut.norm.weight"] == "classifier.layer_dict.layer0.shortcut_norm_layer.weight"
     assert len(set(names.values())) == len(names)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cxgrad_fast import released
 from cxgrad_fast.config import Config
 from cxgrad_fast.kernels import PatchStatistics
 from cxgrad_fast.models import NORM, OWN, Backbone, LayerStatistics, Network, Parameter, linear_head
@@ -29,6 +31,13 @@ class Support(Images):
     """The support sets: images and their labels ``y`` [T, S]."""
 
     y: Tensor
+    query: Images | None = None  # only where the algorithm is joint: the query images beside them
+
+    @property
+    def together(self) -> Images:
+        """The images of support and query sets, in this order."""
+        assert self.query is not None
+        return Images(torch.cat([self.x, self.query.x], 1), {})
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,10 @@ class Algorithm:
     Attributes:
         declared: name -> :class:`Parameter`, of all meta-parameters.
         adapted: names of those that the inner loop moves.
+        released: our names -> those of the program that its authors released.
     """
+
+    released: ClassVar[Mapping[str, str]] = released.FAMILY
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         self.config, self.model, self.ways = config.inner, config.model, config.task.ways
@@ -118,6 +130,11 @@ class Algorithm:
     def adapts(self, name: str, parameter: Parameter) -> bool:
         """Whether the inner loop moves a parameter: all but norms and the algorithm's own."""
         return parameter.role not in (NORM, OWN)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the passes over the support set need the query images too: both are normalised together."""
+        return False
 
     def network(
         self,
@@ -192,9 +209,37 @@ def cut(tensors: Sequence[Tensor], graph: bool) -> list[Tensor]:
     return [t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]
 
 
-def gradients_of(losses: Tensor, points: Mapping[str, Tensor], graph: bool) -> Tensors:
-    """dL/dpoint of each task's loss ``[T]``, by name; zero where a loss does not depend on a point."""
+def gradients_of(losses: Tensor, points: Mapping[str, Tensor], graph: bool, keep: bool = False) -> Tensors:
+    """dL/dpoint of each task's loss ``[T]``, by name; zero where a loss does not depend on a point.
+
+    Args:
+        graph: whether the gradients are differentiable.
+        keep: whether what the losses came from is differentiated again though the gradients are not.
+    """
     found = torch.autograd.grad(
-        losses.sum(), list(points.values()), create_graph=graph, allow_unused=True, materialize_grads=True
+        losses.sum(),
+        list(points.values()),
+        create_graph=graph,
+        retain_graph=graph or keep,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(points, found, strict=True))
+
+
+def linear(parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """``x`` [T, S, D], weight [T, N, D] and bias [T, N] of a task's own layer -> [T, S, N]."""
+    return torch.baddbmm(parameters[f"{name}.bias"][:, None], x, parameters[f"{name}.weight"].mT)
+
+
+def two_layers(parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """``x`` [T, D] through the layers ``NAME.0`` and, where there is one, ReLU and ``NAME.2``, shared by all tasks."""
+    x = F.linear(x, parameters[f"{name}.0.weight"], parameters[f"{name}.0.bias"])
+    if f"{name}.2.weight" not in parameters:
+        return x
+    return F.linear(F.relu(x), parameters[f"{name}.2.weight"], parameters[f"{name}.2.bias"])
+
+
+def across(values: Tensor, like: Tensor) -> Tensor:
+    """One value a task ``[T]`` with as many axes as ``like`` [T, ...], to be multiplied with it."""
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cxgrad_fast import released
 from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Support, Tensors, cut, gradients_of
 from cxgrad_fast.config import CxGradConfig
 from cxgrad_fast.kernels import normalize_weights, scale_weights
@@ -31,6 +32,7 @@ class CxGrad(Algorithm):
     """
 
     config: CxGradConfig
+    released = released.CXGRAD
 
     def parameters(self) -> dict[str, Parameter]:
         """The backbone, its head, and the two linear layers of g_phi in torch's default initialisation."""

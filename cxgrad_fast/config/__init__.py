@@ -17,7 +17,22 @@ from typing import Any
 from cxgrad_fast.config.checks import check_together
 from cxgrad_fast.config.fields import InputError, coerced
 from cxgrad_fast.config.groups import DataConfig, EvaluationConfig, ModelConfig, OuterConfig, RunConfig, TaskConfig
-from cxgrad_fast.config.inner import ALGORITHMS, CxGradConfig, FOMAMLConfig, InnerConfig, MAMLConfig, carried, owners
+from cxgrad_fast.config.inner import (
+    ALGORITHMS,
+    ALFAConfig,
+    ANILConfig,
+    BOILConfig,
+    CAVIAConfig,
+    CxGradConfig,
+    FOMAMLConfig,
+    InnerConfig,
+    L2FConfig,
+    MAMLConfig,
+    MetaSGDConfig,
+    ModGradConfig,
+    carried,
+    owners,
+)
 from cxgrad_fast.config.presets import PRESETS, from_toml, preset_layers, toml_value
 from cxgrad_fast.near_words import advice, nearest
 from cxgrad_fast.printable import shown
@@ -25,12 +40,19 @@ from cxgrad_fast.printable import shown
 __all__ = [
     "ALGORITHMS",
     "PRESETS",
+    "ALFAConfig",
+    "ANILConfig",
+    "BOILConfig",
+    "CAVIAConfig",
     "Config",
     "CxGradConfig",
     "FOMAMLConfig",
     "InnerConfig",
     "InputError",
+    "L2FConfig",
     "MAMLConfig",
+    "MetaSGDConfig",
+    "ModGradConfig",
     "ModelConfig",
     "all_settings",
     "from_toml",

@@ -45,7 +45,79 @@ class CxGradConfig(InnerConfig):
     form: str = field(default="exact", metadata=choice("exact", "scaled"))
 
 
-ALGORITHMS: dict[str, type[InnerConfig]] = {"cxgrad": CxGradConfig, "fomaml": FOMAMLConfig, "maml": MAMLConfig}
+@dataclass(frozen=True)
+class ALFAConfig(InnerConfig):
+    """ALFA (Baik et al. 2020); ``learning_rate`` and ``weight_decay`` are where the meta-learned ones start."""
+
+    weight_decay: float = field(default=0.0005, metadata=at_least(0))  # of the released program: times learning_rate
+    random_init: bool = False  # the network stays as it was drawn: only the rule is meta-learned
+
+
+@dataclass(frozen=True)
+class ANILConfig(InnerConfig):
+    """ANIL (Raghu et al. 2020)."""
+
+    joint: bool = False  # support and query images are normalised together, as in learn2learn
+
+
+@dataclass(frozen=True)
+class BOILConfig(InnerConfig):
+    """BOIL (Oh et al. 2021); the released program's values."""
+
+    steps: int = field(default=1, metadata=at_least(0, 100_000))
+    learning_rate: float = field(default=0.5, metadata=at_least(0))  # of the body
+    head_learning_rate: float = field(default=0.0, metadata=at_least(0))
+
+
+@dataclass(frozen=True)
+class CAVIAConfig(InnerConfig):
+    """CAVIA (Zintgraf et al. 2019); the released program's values."""
+
+    steps: int = field(default=2, metadata=at_least(0, 100_000))
+    learning_rate: float = field(default=1.0, metadata=at_least(0))  # of the context parameters
+    context_dim: int = field(default=100, metadata=at_least(1, 100_000))
+    layers: tuple[int, ...] = (2,)  # convolutions that the context modulates, counted from 0
+    hidden: bool = False  # two linear layers with a ReLU between them from the context to a layer, not one
+    context_at_head: bool = False  # the context joins the features
+
+
+@dataclass(frozen=True)
+class L2FConfig(InnerConfig):
+    """L2F (Baik et al. 2020)."""
+
+    embedding_in_graph: bool = False  # the attenuator's input is differentiated, as in the ALFA program's copy
+
+
+@dataclass(frozen=True)
+class MetaSGDConfig(InnerConfig):
+    """Meta-SGD (Li et al. 2017); ``learning_rate`` is where the meta-learned rates start."""
+
+    steps: int = field(default=1, metadata=at_least(0, 100_000))
+
+
+@dataclass(frozen=True)
+class ModGradConfig(InnerConfig):
+    """ModGrad (Simon et al. 2020); the released program's values."""
+
+    steps: int = field(default=2, metadata=at_least(0, 100_000))  # rounds, twice the program's inner_step
+    learning_rate: float = field(default=0.1, metadata=at_least(0))
+    context_dim: int = field(default=300, metadata=at_least(1, 100_000))
+    mixtures: int = field(default=5, metadata=at_least(1, 1000))
+    layers: tuple[int, ...] = (-2, -1)  # convolutions that are adapted, counted from 0, or from -1 backwards
+
+
+ALGORITHMS: dict[str, type[InnerConfig]] = {
+    "alfa": ALFAConfig,
+    "anil": ANILConfig,
+    "boil": BOILConfig,
+    "cavia": CAVIAConfig,
+    "cxgrad": CxGradConfig,
+    "fomaml": FOMAMLConfig,
+    "l2f": L2FConfig,
+    "maml": MAMLConfig,
+    "metasgd": MetaSGDConfig,
+    "modgrad": ModGradConfig,
+}
 
 
 def owners(word: str) -> list[str]:

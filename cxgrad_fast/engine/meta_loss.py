@@ -97,7 +97,7 @@ class Adaptation:
     """Networks that were adapted to the support sets of ``T`` tasks, ready for query images.
 
     Attributes:
-        state: after the last inner step.
+        state: after the last inner step; where the algorithm is joint, before the first.
         shared: the parameters that are not adapted, as :class:`cxgrad_fast.algorithms.Algorithm` takes them.
         support: the support sets.
         given: mean and variance ``[T or 1, C]`` that normalise the query pass, by convolution; None: its own images'.
@@ -165,9 +165,9 @@ class Engine:
         """
         fast, shared = self._split({name: tensor.detach() for name, tensor in parameters.items()}, len(support_x))
         support = self._support(support_x, support_y)
-        with torch.enable_grad():
-            state, _ = self._adapt(fast, shared, support, graph=False)
-        state = state.with_tensors([tensor.detach() for tensor in state.tensors()])
+        if self.algorithm.joint:  # waits for the query images
+            return Adaptation(State(fast), shared, support, None)
+        state = self._adapted_state(fast, shared, support)
         given: Mapping[str, LayerStatistics] | None = None
         if statistics == "running":
             given = {name: (mean[None], variance[None]) for name, (mean, variance) in running.items()}
@@ -178,14 +178,23 @@ class Engine:
 
     def answer(self, adaptation: Adaptation, x: Tensor) -> Tensor:
         """Scores ``[T, Q, N]`` of query images ``x`` [T, Q, C, H, W], without a graph."""
-        given = adaptation.given
+        given, shared, support, state = adaptation.given, adaptation.shared, adaptation.support, adaptation.state
         query = self._images(x) if given is None else Images(x, {})
+        if self.algorithm.joint:
+            support = replace(support, query=query)
+            state = self._adapted_state(state.fast, shared, support)
         with torch.no_grad():
-            return self._predict(adaptation.state, adaptation.shared, adaptation.support, query, given=given).scores
+            return self._predict(state, shared, support, query, given=given).scores
+
+    def _adapted_state(self, fast: Tensors, shared: Tensors, support: Support) -> State:
+        with torch.enable_grad():
+            state, _ = self._adapt(fast, shared, support, graph=False)
+        return state.with_tensors([tensor.detach() for tensor in state.tensors()])
 
     def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
         graph = self.config.inner.order == 2 and torch.is_grad_enabled()
-        support, query = self._support(episodes.support_x, episodes.support_y), self._images(episodes.query_x)
+        query = self._images(episodes.query_x)
+        support = self._support(episodes.support_x, episodes.support_y, query)
         fast, shared = self._split(parameters, len(episodes))
         with torch.enable_grad():  # the inner loop needs gradients whatever the caller does
             state, trace = self._adapt(fast, shared, support, graph)
@@ -271,8 +280,8 @@ class Engine:
                 shared[name] = tensor
         return fast, shared
 
-    def _support(self, x: Tensor, y: Tensor) -> Support:
-        return Support(x, self.algorithm.backbone.patches(x), y)
+    def _support(self, x: Tensor, y: Tensor, query: Images | None = None) -> Support:
+        return Support(x, self.algorithm.backbone.patches(x), y, query if self.algorithm.joint else None)
 
     def _images(self, x: Tensor) -> Images:
         return Images(x, self.algorithm.backbone.patches(x))

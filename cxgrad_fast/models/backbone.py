@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from cxgrad_fast.config import ModelConfig
+from cxgrad_fast.config import InputError, ModelConfig
 from cxgrad_fast.kernels import PatchStatistics, patch_statistics
 from cxgrad_fast.models.network import BIAS, CONVOLUTION, NORM, Network, Parameter, constant
 
@@ -43,6 +43,21 @@ class Backbone(ABC):
         return tuple(
             name.removesuffix(".weight") for name, parameter in self.parameters.items() if parameter.role == CONVOLUTION
         )
+
+    def chosen(self, layers: Sequence[int]) -> dict[int, str]:
+        """Place among the convolutions -> name, of those at ``layers``; -1 is the last.
+
+        Raises:
+            InputError: there is no such convolution.
+        """
+        names = self.convolutions
+        for layer in layers:
+            if not -len(names) <= layer < len(names):
+                raise InputError(
+                    f"setting 'inner.layers' (={', '.join(map(str, layers))}): {self.model.backbone} has the "
+                    f"convolutions 0 to {len(names) - 1}, not {layer}"
+                )
+        return {layer % len(names): names[layer] for layer in layers}
 
     def patches(self, x: Tensor) -> Mapping[str, PatchStatistics]:
         """Patch statistics of images ``[T, S, C, H, W]``, by the convolution that can use them.

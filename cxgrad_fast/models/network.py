@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class Parameter:
     scaled: bool = False
     trained: bool = True
 
+    def untrained(self) -> Parameter:
+        """The same, but not moved by the outer optimizer."""
+        return replace(self, trained=False)
+
 
 def own_linear(name: str, inputs: int, outputs: int) -> dict[str, Parameter]:
     """A linear layer of an algorithm's own, ``[outputs, inputs]`` and ``[outputs]``, as torch.nn.Linear draws it."""
@@ -74,6 +78,7 @@ class Network:
         eps: epsilon ``[T]`` of the norm behind a convolution, by the convolution's name; others have ``norm_eps``.
         patches: patch statistics of a convolution's input, by its name.
         film: scale and shift ``[T, C]`` between a block's pooling and its activation (FiLM), by the convolution's name.
+        beside: what joins the features of a linear layer, ``[T, P]``, by the layer's name.
         given: mean and variance ``[T or 1, C]`` to normalise with, by convolution, instead of the images' own.
         collect: whether :attr:`statistics` is filled.
 
@@ -89,12 +94,13 @@ class Network:
         eps: Mapping[str, Tensor] | None = None,
         patches: Mapping[str, PatchStatistics] | None = None,
         film: Mapping[str, LayerStatistics] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
         given: Mapping[str, LayerStatistics] | None = None,
         collect: bool = False,
     ) -> None:
         self._model, self._weights = model, weights
         self._eps, self._patches, self._film = eps or {}, patches or {}, film or {}
-        self._given, self._collect = given, collect
+        self._given, self._collect, self._beside = given, collect, beside or {}
         self.statistics: dict[str, LayerStatistics] = {}
 
     def block(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
@@ -117,6 +123,8 @@ class Network:
     def linear(self, name: str, x: Tensor) -> Tensor:
         """``x`` [T, S, D], weight [T, N, D] and bias [T, N] -> [T, S, N]."""
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        if name in self._beside:
+            x = torch.cat([x, self._beside[name][:, None].expand(-1, x.shape[1], -1)], 2)
         return torch.baddbmm(bias[:, None], x, weight.mT)
 
     def _convolve(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
