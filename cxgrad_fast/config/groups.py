@@ -44,6 +44,17 @@ class OuterConfig:
     validate_every: int = field(default=500, metadata=at_least(1))
     # of the query losses over the tasks: the paper's Eq. 3 sums, the released program averages
     reduction: str = field(default="mean", metadata=choice("mean", "sum"))
+    # of the learning rate: as it is; times schedule_factor every schedule_every iterations; or from learning_rate at
+    # the first iteration to final_learning_rate at the last, on a line or half a cosine
+    schedule: str = field(default="constant", metadata=choice("constant", "step", "linear", "cosine"))
+    schedule_every: int = field(default=5000, metadata=at_least(1))
+    schedule_factor: float = field(default=0.5, metadata=at_least(0))
+    final_learning_rate: float = field(default=0.0, metadata=at_least(0))
+    clip_value: float = field(default=0.0, metadata=at_least(0))  # of every element of the meta-gradient; 0: none
+    clip_norm: float = field(default=0.0, metadata=at_least(0))  # of the whole meta-gradient; 0: none
+    # what is clipped: everything, or the backbone and the head without the algorithm's own parameters
+    clip: str = field(default="all", metadata=choice("all", "network"))
+    restart_every: int = field(default=0, metadata=at_least(0))  # iterations after which Adam starts anew; 0: never
 
 
 @dataclass(frozen=True)

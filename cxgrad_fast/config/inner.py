@@ -17,6 +17,7 @@ class InnerConfig:
     steps: int = field(default=5, metadata=at_least(0, 100_000))
     order: int = field(default=2, metadata=choice(1, 2))  # of the meta-gradient
     learning_rate: float = field(default=0.01, metadata=at_least(0))  # alpha
+    first_order_iterations: int = field(default=0, metadata=at_least(0))  # of the outer loop: order 1 in the first ones
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class L2FConfig(InnerConfig):
     """L2F (Baik et al. 2020)."""
 
     embedding_in_graph: bool = False  # the attenuator's input is differentiated, as in the ALFA program's copy
+
+
+@dataclass(frozen=True)
+class MAMLPPConfig(InnerConfig):
+    """MAML++ (Antoniou et al. 2019); ``learning_rate`` is where the meta-learned rates of every step start."""
+
+    learning_rate: float = field(default=0.1, metadata=at_least(0))
+    # iterations of the outer loop in which the query loss of every step counts, less and less before the last
+    multi_step_iterations: int = field(default=7500, metadata=at_least(0))
+    multi_step_epoch: int = field(default=500, metadata=at_least(1))  # iterations after which the weights change
 
 
 @dataclass(frozen=True)
