@@ -56,14 +56,30 @@ def _run(argv: Sequence[str] | None) -> int:
     what.add_argument("--clear", action="store_true", help="remove the user's entries, pinned ones too")
     what.add_argument("--out", type=Path, metavar="FILE", help="write the measured entries into this table")
     parser.add_argument("--kernel", metavar="NAME", help="this kernel alone")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,VALUE...]",
+        help="measure the production shapes alone in which NAME (tasks, images, size, ...) is one of these; repeatable",
+    )
     options = parser.parse_args(argv)
+    if options.where and (options.list or options.clear):
+        raise InputError("--where chooses what is measured: it does not go with --list and --clear")
     if options.list:
         _list(options.kernel)
     elif options.clear:
         _clear(options.kernel)
     else:
-        _tune(options.kernel, options.out)
+        _tune(options.kernel, options.out, [_condition(words) for words in options.where])
     return 0
+
+
+def _condition(words: str) -> tuple[str, frozenset[str]]:
+    name, equals, values = words.partition("=")
+    if not name or not equals:
+        raise InputError(f"--where takes NAME=VALUE[,VALUE...], got '{words}'")
+    return name, frozenset(values.split(","))
 
 
 def _list(kernel: str | None) -> None:
@@ -108,28 +124,42 @@ def _clear(kernel: str | None) -> None:
     launch.reload()
 
 
-def _tune(kernel: str | None, out: Path | None) -> None:
+def _tune(kernel: str | None, out: Path | None, where: Sequence[tuple[str, frozenset[str]]]) -> None:
     architecture = _architecture()
     file = out or launch.user_file(architecture)
     if file is None:
         raise InputError("no home folder for a table: --out names a file, or CXGRAD_CACHE a folder")
-    tunables = _tunables(kernel)
+    chosen = _examples(_tunables(kernel), where)
     table = {entry.key: entry for entry in launch.read(file)} if os.path.lexists(file) else {}
     source = f"measured on {torch.cuda.get_device_name()}, {_commit()}"
-    for tunable in tunables:
-        for example in tunable.examples:
-            question, best = measure(tunable, example, _seconds)
-            key = launch.key_of(question.kernel, question.shape)
-            if key in table and table[key].pinned:
-                continue
-            table.pop(key, None)
-            if best:
-                table[key] = Entry(key, best, source, file)
-            launch.write(file, table.values())  # a run that is cut off leaves what it found
+    for tunable, example in chosen:
+        question, best = measure(tunable, example, _seconds)
+        key = launch.key_of(question.kernel, question.shape)
+        if key in table and table[key].pinned:
+            continue
+        table.pop(key, None)
+        if best:
+            table[key] = Entry(key, best, source, file)
+        launch.write(file, table.values())  # a run that is cut off leaves what it found
     launch.reload()
     print(f"{file}: {len(table)} entries")
     for forgotten in choice.forget_measured():  # with other settings than these
         print(f"{forgotten}: ways to convolve will be measured anew")
+
+
+def _examples(
+    tunables: Sequence[Tunable], where: Sequence[tuple[str, frozenset[str]]]
+) -> list[tuple[Tunable, Mapping[str, Any]]]:
+    """The production shapes that all conditions let through."""
+    every = [(tunable, example) for tunable in tunables for example in tunable.examples]
+    known = sorted({name for _, example in every for name in example})
+    for name, _ in where:
+        if name not in known:
+            raise InputError(f"--where takes one of {', '.join(known)}, got '{name}'")
+    chosen = [each for each in every if all(str(each[1].get(name)) in values for name, values in where)]
+    if not chosen:
+        raise InputError("--where lets no production shape through")
+    return chosen
 
 
 def _architecture() -> str:

@@ -326,6 +326,35 @@ def test_the_command_writes_keeps_lists_and_clears(
     assert not user_file().exists()
 
 
+def test_the_command_measures_the_shapes_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Any] = []
+    sizes = [{"tasks": tasks, "size": size} for tasks in (2, 4) for size in (42, 21, 10)]
+    every = launch.Tunable("clock", lambda defaults, shape: [], sizes, Clock().example)
+
+    def measure(tunable: launch.Tunable, example: Any, seconds: Any) -> tuple[launch.Question, launch.Settings]:
+        measured.append((example["tasks"], example["size"]))
+        return launch.Question("clock", example, {}), {}
+
+    monkeypatch.setattr(tune, "_architecture", lambda: "sm_90")
+    monkeypatch.setattr(tune, "_tunables", lambda kernel: [every])
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    assert tune.main(["--where", "size=42,10", "--where", "tasks=2"]) == 0
+    assert measured == [(2, 42), (2, 10)]
+    for words, message in {
+        ("--where", "side=1"): "--where takes one of size, tasks, got 'side'",
+        ("--where", "size"): "--where takes NAME=VALUE[,VALUE...], got 'size'",
+        ("--where", "size=43"): "--where lets no production shape through",
+        ("--where", "size=42", "--list"): "--where chooses what is measured: it does not go with --list and --clear",
+    }.items():
+        capsys.readouterr()
+        assert tune.main(words) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert len(measured) == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_measuring_without_a_device_is_refused_in_one_line() -> None:
     command = [sys.executable, "-m", "cxgrad_fast.kernels.tune"]
