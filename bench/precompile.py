@@ -1,14 +1,14 @@
 """Fill Triton's cache with the kernels of meta-steps, on many processes and without a GPU.
 
-    python bench/precompile.py I N [PRECISIONS] [BACKBONE] [--architecture sm_90]
+    python bench/precompile.py I N [PRECISIONS] [BACKBONE] [--architecture sm_90] [--size full|small|tiny]
     for i in $(seq 0 15); do python bench/precompile.py $i 16 float32,tf32,bfloat16 conv4 & done; wait
 
 The first step of a process compiles every kernel that Triton's cache does not have, one after the other, about a second
 each: minutes in all. Here the launches of whole meta-steps are written down on tensors without memory
 (:mod:`cxgrad_fast.kernels.machine_code`), and worker I of N compiles its share of them into ``TRITON_CACHE_DIR``,
-where a launch on a device of that architecture finds them. The steps are those of bench/gpu_table.py in every one of
-PRECISIONS (float32,tf32,bfloat16) and, of Conv-4, the small copies that bench/episodes.py compares first; with our own
-convolutions, and with the framework's, which other sums follow.
+where a launch on a device of that architecture finds them. The steps are those of bench/gpu_table.py (of its --size) in
+every one of PRECISIONS (float32,tf32,bfloat16) and, of Conv-4, the small copies that bench/episodes.py compares first;
+with our own convolutions, and with the framework's, which other sums follow.
 
 A kernel that does not compile is named, and the exit code is then 1; the others are there.
 """
@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -41,10 +41,10 @@ WAYS = ("triton", "grouped")  # the framework's ways are followed by the same ke
 STEPS = {"inner.steps": 2}  # those after the second launch what the second does
 
 
-def cases(backbone: str, precisions: Sequence[str]) -> Iterator[tuple[Config, str]]:
+def cases(size: str, backbone: str, precisions: Sequence[str]) -> Iterator[tuple[Config, str]]:
     """Configs with a precision of their products."""
-    rows = [row for row in ROWS["full"] if dict(row.overrides).get("model.backbone", "conv4") == backbone]
-    configs = [preset(row.preset, {**dict(row.overrides), "outer.meta_batch": row.tasks, **STEPS}) for row in rows]
+    rows = [row for row in ROWS[size] if dict(row.overrides).get("model.backbone", "conv4") == backbone]
+    configs = [preset(row.preset, {**STEPS, **dict(row.overrides), "outer.meta_batch": row.tasks}) for row in rows]
     for precision in precisions:
         yield from ((config, precision) for config in configs)
     if backbone == "conv4":
@@ -77,12 +77,10 @@ def _choose(implementations: Sequence[str], tensor: torch.Tensor) -> str:
     return "triton" if "triton" in implementations else "reference"
 
 
-def kernels(
-    backbone: str, precisions: Sequence[str], architecture: str
-) -> dict[tuple[str, str, str], machine_code.Launch]:
+def kernels(chosen: Iterable[tuple[Config, str]], architecture: str) -> dict[tuple[str, str, str], machine_code.Launch]:
     """A launch of every kernel, by what its code depends on."""
     found: dict[tuple[str, str, str], machine_code.Launch] = {}
-    for config, precision in cases(backbone, precisions):
+    for config, precision in chosen:
         for way in WAYS:
             with mock.patch.dict(os.environ, {choice.VARIABLE: way}):
                 found |= {one.key: one for one in launches(config, precision, architecture)}
@@ -116,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("of", type=int, metavar="N", help="how many are started")
     parser.add_argument("precisions", nargs="?", default=PRECISIONS)
     parser.add_argument("backbone", nargs="?", default=BACKBONES[0], choices=BACKBONES)
+    parser.add_argument("--size", choices=tuple(ROWS), default="full")
     parser.add_argument("--architecture", choices=launch.ARCHITECTURES, default="sm_90")
     options = parser.parse_args(argv)
     precisions = options.precisions.split(",")
@@ -124,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in precisions if name not in DTYPES]:
         raise InputError(f"PRECISIONS takes some of {', '.join(DTYPES)}, got '{unknown[0]}'")
     began, hits, failed, no_launchers = time.perf_counter(), list[bool](), 0, ""
-    found = kernels(options.backbone, precisions, options.architecture)
+    found = kernels(cases(options.size, options.backbone, precisions), options.architecture)
     traced = time.perf_counter()
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     own = share(found, options.worker, options.of)

@@ -9,6 +9,7 @@ of its kernels' intervals over the wall time, which is taken without the profile
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from cxgrad_fast import Learner
 from cxgrad_fast.cli import add_config_options, build_config, run_command, split_settings
 from cxgrad_fast.engine import Pending, StaticGradients
+from cxgrad_fast.kernels.conv_block import choice
 
 SHOWN = 15
 
@@ -110,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'ms':>10} {'calls':>8}")
     for row in found["top"]:
         print(f"{row['ms']:10.3f} {row['calls']:8.1f}  {row['name'][:90]}")
-    write_result("profile", {"config": config.flat(), "steps": options.steps, **found}, options.out)
+    ways = os.environ.get(choice.VARIABLE, "")  # to convolve: a name, a table, or measured ones
+    payload = {"config": config.flat(), "steps": options.steps, "convolution": ways, **found}
+    write_result("profile", payload, options.out)
     return 0
 
 

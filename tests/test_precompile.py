@@ -94,7 +94,7 @@ def test_every_kernel_is_one_worker_s(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("backbone", precompile.BACKBONES)
 def test_steps_are_those_of_the_table(backbone: str) -> None:
-    found = list(precompile.cases(backbone, ["tf32", "bfloat16"]))
+    found = list(precompile.cases("full", backbone, ["tf32", "bfloat16"]))
     tasks = {(config.preset, config.outer.meta_batch, precision) for config, precision in found}
     assert all(config.model.backbone == backbone for config, _ in found)
     if backbone == "conv4":

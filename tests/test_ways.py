@@ -61,7 +61,10 @@ def test_a_sum_in_parts(interpreted: dict[str, Any]) -> None:
 def test_every_way_on_cuda(way: str, shape: Any) -> None:
     errors = child.errors(shape, way, device="cuda")
     assert all(error < EXACT for error in errors.values()), errors
-    for precision, most in (("float32", 3e-6), ("tf32", 5e-3), ("bfloat16", 3e-2)):
+    # the framework may take Winograd's convolution, whose transforms cost a digit: it must be as near as the choice
+    # asks of it, where TF32's products, which err by 2e-4, do not come
+    float32 = 3e-6 if way == "triton" else choice._AGREE["tf32x3"]
+    for precision, most in (("float32", float32), ("tf32", 5e-3), ("bfloat16", 3e-2)):
         errors = child.errors(shape, way, torch.float32, precision, "cuda")
         assert all(error < most for error in errors.values()), (precision, errors)
 
