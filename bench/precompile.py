@@ -16,6 +16,7 @@ A kernel that does not compile is named, and the exit code is then 1; the others
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from gpu_table import ROWS
 from meta_step_worker import episodes_of
 from peaks import DTYPES
 
-from cxgrad_fast import Config, InputError, Learner, preset
+from cxgrad_fast import Config, Episodes, InputError, Learner, preset
 from cxgrad_fast.cli import run_command
 from cxgrad_fast.kernels import backends, launch, machine_code, use_precision
 from cxgrad_fast.kernels.conv_block import choice
@@ -61,7 +62,7 @@ def launches(config: Config, precision: str, architecture: str) -> list[machine_
         name: torch.empty_like(tensor, device="meta").requires_grad_()
         for name, tensor in learner.meta_parameters.items()
     }
-    episodes = episodes_of(config, lambda shape: torch.empty(shape, dtype=learner.dtype)).to("meta")
+    episodes = _without_memory(episodes_of(config, lambda shape: torch.empty(shape, dtype=learner.dtype)))
     with (
         mock.patch.object(backends, "choose", _choose),
         machine_code.recording(architecture) as found,
@@ -69,6 +70,13 @@ def launches(config: Config, precision: str, architecture: str) -> list[machine_
     ):
         loss = learner.engine.meta_loss(leaves, episodes).loss
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return found
+
+
+def _without_memory(episodes: Episodes) -> Episodes:
+    """The same on the meta device, which Episodes refuses to those who would read a value."""
+    found = copy.copy(episodes)
+    vars(found).update({name: x.to("meta") for name, x in vars(found).items() if isinstance(x, torch.Tensor)})
     return found
 
 
