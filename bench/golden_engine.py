@@ -9,6 +9,9 @@ from golden_files import Arrays, Golden
 from golden_rules import joint, reduction
 
 from cxgrad_fast import Config, Learner, preset, released
+from cxgrad_fast.engine import MetaLoss
+
+EPOCH = 500  # iterations, in the released MAML++
 
 
 def engine(file: Golden) -> Arrays | None:
@@ -24,8 +27,9 @@ def engine(file: Golden) -> Arrays | None:
 
 def _by_learner(file: Golden, config: Config) -> Arrays:
     learner = Learner(config)
+    iteration = file.whole("epoch", default=0) * EPOCH if file.family == "mamlpp" else None
     learner.load_released({file.table[name]: tensor for name, tensor in file.parameters.items()})
-    out = learner.meta_loss(file.episodes)
+    out = learner.meta_loss(file.episodes, iteration)
     parameters = learner.meta_parameters
     gradients = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     adapted = {}  # where the query images are needed to adapt, there is nothing to look at before they come
@@ -33,11 +37,19 @@ def _by_learner(file: Golden, config: Config) -> Arrays:
         adapted = learner.adapt(file.episodes.support_x, file.episodes.support_y).state.fast
     return {
         "outer_loss": out.loss,
-        "trace_loss": torch.cat([out.support_losses, out.query_losses[:, None]], 1),
+        "trace_loss": _in_order(out),
         "query_logits": out.query_logits,
         **file.under("grad", dict(zip(parameters, gradients, strict=True))),
         **file.under("adapted", adapted),
     }
+
+
+def _in_order(out: MetaLoss) -> torch.Tensor:
+    """The losses of all passes; where the query is asked after every step, support and query take turns."""
+    support, asked = out.support_losses, out.asked_losses
+    if asked.shape[1] == 1:
+        return torch.cat([support, asked], 1)
+    return torch.stack([support, asked], 2).flatten(1)
 
 
 def _of_file(file: Golden, **inner: object) -> Config | None:
@@ -123,6 +135,18 @@ def _cavia(file: Golden) -> Config | None:
     )
 
 
+def _mamlpp(file: Golden) -> Config | None:
+    epoch, epochs = file.whole("epoch"), file.whole("msl_epochs", default=15)
+    is_asked = file.flag("multi_step_loss", default=epoch < epochs)
+    return _of_file(
+        file,
+        algorithm="mamlpp",
+        steps=file.whole("steps"),
+        multi_step_iterations=epochs * EPOCH if is_asked else 0,
+        multi_step_epoch=EPOCH,
+    )
+
+
 def _modgrad(file: Golden) -> Config | None:
     ours = released.ours(file.table)
     names = [ours[name] for name in file.texts("adapted_names") if name.endswith(".weight")]
@@ -146,6 +170,7 @@ _ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
     "fomaml": _maml,
     "l2f": _l2f,
     "maml": _maml,
+    "mamlpp": _mamlpp,
     "metasgd": _metasgd,
     "modgrad": _modgrad,
 }

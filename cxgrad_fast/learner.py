@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxgrad_fast.algorithms import State, build_algorithm
+from cxgrad_fast.algorithms import Phase, State, build_algorithm
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine import (
     ALONE,
@@ -35,10 +35,11 @@ from cxgrad_fast.engine import (
     memory,
     predictions_of,
 )
+from cxgrad_fast.engine.updates import clipped, learning_rate, restart
 from cxgrad_fast.episodes import Episodes, check_images, check_labels
 from cxgrad_fast.kernels import backends, use_backend, use_precision
 from cxgrad_fast.learner_state import Shapes, check_parameters, check_state
-from cxgrad_fast.models import LayerStatistics, build_backbone
+from cxgrad_fast.models import OWN, LayerStatistics, build_backbone
 from cxgrad_fast.placement import device_of, dtype_of
 from cxgrad_fast.printable import shown
 
@@ -121,7 +122,7 @@ class Learner:
 
     def _captured_step(self, graphs: Graphs) -> CapturedStep:
         parameters = list(self.meta_parameters.values())
-        gradients = partial(self._sharing, self._loss_and_gradients)
+        gradients = partial(self._whole_gradients, self._loss_and_gradients)
         patience = self._ranks.timeout if self._ranks.size > 1 else None
         return CapturedStep(parameters, self.optimizer, gradients, self._statistics, graphs, patience=patience)
 
@@ -174,41 +175,52 @@ class Learner:
         with use_backend(backend if backend == "reference" else "auto"):
             engine = Engine(self.config.override({"run.tasks_per_chunk": 0}), self.algorithm)
             leaves = [tensor.requires_grad_() for tensor in parameters]
-            out = engine.meta_loss(dict(zip(self.meta_parameters, leaves, strict=True)), episodes)
-            torch.autograd.grad(out.loss, leaves, allow_unused=True, materialize_grads=True)
+            phases = {phase.kind: phase for phase in map(self.algorithm.phase, (None, 0))}  # the dearest counts
+            for phase in phases.values():
+                weights = None if phase.weights is None else torch.empty(phase.weights.shape, dtype=self.dtype)
+                named = dict(zip(self.meta_parameters, leaves, strict=True))
+                out = engine.meta_loss(named, episodes, replace(phase, weights=weights))
+                torch.autograd.grad(out.loss, leaves, allow_unused=True, materialize_grads=True)
+                del out
 
-    def meta_loss(self, episodes: Episodes) -> MetaLoss:
+    def meta_loss(self, episodes: Episodes, iteration: int | None = None) -> MetaLoss:
         """Loss, logits and trace of a batch of tasks; ``loss`` is differentiable in ``meta_parameters``.
 
         Args:
             episodes: ``T`` tasks of ``config.task.ways`` classes, images ``[C, H, W]`` as the config says. Moved to
                 the learner's device and precision.
+            iteration: as for :meth:`meta_step`.
 
         Raises:
             ValueError: wrong shapes, no task, labels out of range (name, expected, got).
         """
         with self._operators():
-            return self.engine.meta_loss(self.meta_parameters, self._checked(episodes))
+            return self.engine.meta_loss(self.meta_parameters, self._checked(episodes), self._phase(iteration))
 
-    def meta_step(self, episodes: Episodes) -> MetaLoss:
+    def meta_step(self, episodes: Episodes, iteration: int | None = None) -> MetaLoss:
         """One step of meta-training: meta-loss, its gradients, Adam's update. Returns the meta-loss before it.
 
         With several ranks ``episodes`` are this rank's, ``ranks.shard(config.outer.meta_batch)``; all call it, and get
         the meta-loss of the whole meta-batch.
+
+        Args:
+            episodes: the tasks.
+            iteration: how many meta-steps were done before; what schedules and phases of the algorithm go by. None:
+                the learning rate of the config, and the algorithm as it is after all phases.
 
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite; parameters and optimizer stay as they were.
             RankLostError: another rank did not take part; the same.
             ValueError: as :meth:`meta_loss`.
         """
-        return self.start_step(episodes).result()
+        return self.start_step(episodes, iteration).result()
 
     @property
     def steps_ahead(self) -> int:
         """How many steps it pays to have started and not finished: 2 where a device replays them by itself."""
         return 1 if self._captured is None else 2
 
-    def start_step(self, episodes: Episodes) -> Pending:
+    def start_step(self, episodes: Episodes, iteration: int | None = None) -> Pending:
         """As :meth:`meta_step`, without waiting for its end where the step is captured (``run.compile`` on CUDA).
 
         Raises:
@@ -216,17 +228,22 @@ class Learner:
             ValueError: as :meth:`meta_loss`.
         """
         with self._operators(), torch.enable_grad():
-            return self._start_step(episodes)
+            return self._start_step(episodes, iteration)
 
-    def _start_step(self, episodes: Episodes) -> Pending:
+    def _start_step(self, episodes: Episodes, iteration: int | None) -> Pending:
         has_work = self._sharing.has_work(episodes)
         episodes = self._checked(episodes) if has_work else episodes.to(self.device, self.dtype)
+        phase, rate = self._phase(iteration), learning_rate(self.config.outer, iteration)
+        if iteration and self.config.outer.restart_every and iteration % self.config.outer.restart_every == 0:
+            restart(self.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(np.float32(rate)) if self._adam else rate
         if self._captured is not None:
-            if (pending := self._captured.start(episodes)) is not None:
+            if (pending := self._captured.start(episodes, phase)) is not None:
                 return pending
             self._captured = None
         parameters = list(self.meta_parameters.values())
-        out, gradients = self._sharing(self._gradients, parameters, episodes)
+        out, gradients = self._whole_gradients(self._gradients, parameters, episodes, phase)
         if not is_finite(out, gradients):
             raise NonFiniteLossError(bool(out.loss.isfinite()))
 
@@ -234,15 +251,32 @@ class Learner:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             self.optimizer.step()
-            self.optimizer.zero_grad()
+            for parameter in parameters:  # those that the optimizer does not have too
+                parameter.grad = None
             self._statistics.add(out.statistics)
 
         return Pending(out, update)
 
-    def _loss_and_gradients(
-        self, parameters: Sequence[Tensor], episodes: Episodes
+    def _phase(self, iteration: int | None) -> Phase:
+        """What depends on the iteration, on the learner's device and in its precision."""
+        phase = self.algorithm.phase(iteration)
+        return phase if phase.weights is None else replace(phase, weights=phase.weights.to(self.device, self.dtype))
+
+    def _whole_gradients(
+        self, gradients: Gradients, parameters: Sequence[Tensor], episodes: Episodes, phase: Phase
     ) -> tuple[MetaLoss, Sequence[Tensor]]:
-        out = self.engine.meta_loss(dict(zip(self.meta_parameters, parameters, strict=True)), episodes)
+        """Of all ranks' tasks, clipped as the config says."""
+        out, found = self._sharing(gradients, parameters, episodes, phase)
+        outer = self.config.outer
+        if not outer.clip_value and not outer.clip_norm:
+            return out, found
+        declared = self.algorithm.declared.values()
+        return out, clipped(outer, found, [outer.clip == "all" or each.role != OWN for each in declared])
+
+    def _loss_and_gradients(
+        self, parameters: Sequence[Tensor], episodes: Episodes, phase: Phase
+    ) -> tuple[MetaLoss, Sequence[Tensor]]:
+        out = self.engine.meta_loss(dict(zip(self.meta_parameters, parameters, strict=True)), episodes, phase)
         return out.detach(), torch.autograd.grad(out.loss, parameters, allow_unused=True, materialize_grads=True)
 
     def predict(self, episodes: Episodes, statistics: str | None = None) -> Tensor:

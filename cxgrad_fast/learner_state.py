@@ -66,7 +66,7 @@ def _check_statistics(shapes: Shapes, statistics: Mapping[str, Any]) -> None:
     if odd := sorted(set(statistics) ^ set(channels)) if statistics else []:
         raise ValueError(f"state: the statistics of '{odd[0]}' are not on both sides: other backbone?")
     for name, value in statistics.items():
-        tensor(*FLOATING, shape=(2, *channels[name]))(value, f"state: the statistics of '{name}'")
+        tensor(*FLOATING, shape=(2, channels[name][-1]))(value, f"state: the statistics of '{name}'")
 
 
 def check_adam(state: Any, shapes: list[Sequence[int]], where: str) -> None:

@@ -79,7 +79,7 @@ class Steps:
     def _start(self, has_next: bool) -> None:
         began, count = time.perf_counter(), self._own.stop - self._own.start
         first = self._started * self._meta_batch + self._own.start
-        pending = self._learner.start_step(self._upcoming.take(first, count))
+        pending = self._learner.start_step(self._upcoming.take(first, count), self._started)
         self._pending.append((began, pending))
         self._started += 1
         if has_next and self._learner.steps_ahead > 1:  # while the device works

@@ -187,7 +187,7 @@ def test_what_cannot_be_captured_is_named_and_runs_uncompiled() -> None:
     captured, plain, told = pair(config)
     right = captured._captured._gradients
 
-    def reads_a_value(parameters: Any, episodes: Any) -> Any:
+    def reads_a_value(parameters: Any, episodes: Any, phase: Any) -> Any:
         out, gradients = right(parameters, episodes)
         return out, [gradients[0] * (1 if out.loss.item() > 0 else 2), *gradients[1:]]
 

@@ -87,7 +87,8 @@ def test_what_does_not_pay_is_dropped(own: float, kept: bool) -> None:
     clock = iter([0.0, 9.0, *held_up, *[0.0, own, 0.0, 1.0] * 2, *held_up, *held_up])
     compiled._gradients = StaticGradients(compiled._loss_and_gradients, told.append, lambda: next(clock))
     assert_equal_steps(compiled, plain, steps=12)
-    (program,) = compiled._gradients.static._programs.values()
+    (static,) = compiled._gradients.statics.values()
+    (program,) = static._programs.values()
     assert (program is not None) is kept
     dropped = ["compiling the meta-step does not pay here (0.50 of the uncompiled speed): going on without"]
     assert told[1:] == ([] if kept else dropped)
@@ -97,8 +98,8 @@ def test_what_cannot_be_traced_runs_uncompiled() -> None:
     config = config_of(inner__steps=1)
     learner, told = Learner(config), []
 
-    def reads_a_value(parameters: Any, episodes: Any) -> Any:
-        out, gradients = learner._loss_and_gradients(parameters, episodes)
+    def reads_a_value(parameters: Any, episodes: Any, phase: Any) -> Any:
+        out, gradients = learner._loss_and_gradients(parameters, episodes, phase)
         return out, [gradients[0] * (out.loss.item() > 0), *gradients[1:]]
 
     learner._gradients = StaticGradients(reads_a_value, told.append)

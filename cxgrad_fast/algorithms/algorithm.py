@@ -81,6 +81,26 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What of a meta-step depends on the iteration.
+
+    Attributes:
+        order: of the meta-gradient.
+        asked_after: counts of inner steps after which the query set is asked too, besides the last.
+        weights: of the query losses ``[len(asked_after) + 1]``; None: the last one alone counts.
+    """
+
+    order: int
+    asked_after: tuple[int, ...] = ()
+    weights: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[int, tuple[int, ...]]:
+        """What needs a program of its own; weights are an input of it."""
+        return self.order, self.asked_after
+
+
+@dataclass(frozen=True)
 class Output:
     """What one pass gives.
 
@@ -187,6 +207,11 @@ class Algorithm:
         """The scores of query images after ``k`` steps; ``given`` and ``collect`` as for :class:`Network`."""
         net = self.network(state, k, shared, query, given=given, collect=collect)
         return Output(self.scores(net, query), net.statistics)
+
+    def phase(self, iteration: int | None) -> Phase:
+        """The phase of an iteration of meta-training, counted from 0; None: after all phases."""
+        is_early = iteration is not None and iteration < self.config.first_order_iterations
+        return Phase(1 if is_early else self.config.order)
 
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss of each task, ``[T]``: mean cross-entropy over its images."""

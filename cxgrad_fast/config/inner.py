@@ -126,6 +126,7 @@ ALGORITHMS: dict[str, type[InnerConfig]] = {
     "fomaml": FOMAMLConfig,
     "l2f": L2FConfig,
     "maml": MAMLConfig,
+    "mamlpp": MAMLPPConfig,
     "metasgd": MetaSGDConfig,
     "modgrad": ModGradConfig,
 }

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from cxgrad_fast.algorithms import Phase
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine.meta_loss import MetaLoss
 from cxgrad_fast.engine.notes import Notes
@@ -306,23 +307,24 @@ class SharedGradients:
         return self._ranks.size == 1 or wanted > 0
 
     def __call__(
-        self, gradients: Gradients, parameters: Sequence[Tensor], episodes: Episodes
+        self, gradients: Gradients, parameters: Sequence[Tensor], episodes: Episodes, phase: Phase
     ) -> tuple[MetaLoss, Sequence[Tensor]]:
         """The whole meta-batch's meta-loss, all its tasks in order, and gradients: the same on every rank.
 
         Args:
             gradients: of this rank's tasks.
             parameters: the learner's.
+            phase: what depends on the iteration.
             episodes: this rank's part, ``ranks.shard(meta_batch)``; where that is empty ``gradients`` is not called.
 
         Raises:
             RankLostError: a rank did not take part.
         """
         if self._ranks.size == 1:
-            return gradients(parameters, episodes)
+            return gradients(parameters, episodes, phase)
         found: Sequence[Tensor]
         if self._share:
-            out, found = gradients(parameters, episodes)
+            out, found = gradients(parameters, episodes, phase)
             out = out.detach()
         if self._tasks < self._ranks.size:
             like = self._like(out if self._share else None, episodes)

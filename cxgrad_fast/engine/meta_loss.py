@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cxgrad_fast.algorithms import Algorithm, Images, Output, State, Support
+from cxgrad_fast.algorithms import Algorithm, Images, Output, Phase, State, Support
 from cxgrad_fast.config import Config
 from cxgrad_fast.engine.recompute import recomputed
 from cxgrad_fast.episodes import Episodes
@@ -29,6 +29,7 @@ class MetaLoss:
         support_losses: ``[T, passes]``, mean cross-entropy of every pass over the support set, in order; the passes
             that only move the context parameters are among them.
         query_losses: ``[T]``, of the last query pass.
+        asked_losses: ``[T, passes]``, of every query pass, in order; there is one but in MAML++'s first iterations.
         objectives: ``[T]``, what each task adds to the loss; for most algorithms its query loss.
         accuracy: scalar, share of query images classified correctly.
         statistics: mean and variance ``[C]`` of each BatchNorm's input in the query pass, averaged over tasks, by
@@ -39,12 +40,13 @@ class MetaLoss:
     query_logits: Tensor
     support_losses: Tensor
     query_losses: Tensor
+    asked_losses: Tensor
     objectives: Tensor
     accuracy: Tensor
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
 
     # the fields of one row a task, and the means over tasks (the statistics are such means too)
-    ROWS: ClassVar = ("query_logits", "support_losses", "query_losses", "objectives")
+    ROWS: ClassVar = ("query_logits", "support_losses", "query_losses", "asked_losses", "objectives")
     MEANS: ClassVar = ("accuracy",)
 
     @staticmethod
@@ -123,20 +125,23 @@ class Engine:
         self.config, self.algorithm = config, algorithm
         self.tasks_per_chunk = config.run.tasks_per_chunk
 
-    def meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
+    def meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes, phase: Phase | None = None) -> MetaLoss:
         """The meta-loss, differentiable in the parameters (Eq. 3).
+
+        ``phase`` is what depends on the iteration; None: after all phases.
 
         With ``tasks_per_chunk`` the tasks go through in chunks whose gradients are taken at once, so that only one
         chunk's graph exists at a time; the other results then carry no graph.
         """
+        phase = phase or self.algorithm.phase(None)
         tasks, chunk = len(episodes), self.tasks_per_chunk or len(episodes)
         if tasks <= chunk:
-            return self._meta_loss(parameters, episodes)
+            return self._meta_loss(parameters, episodes, phase)
         leaves = [tensor for tensor in parameters.values() if tensor.requires_grad]
         parts: list[MetaLoss] = []
         total: list[Tensor] = []
         for start in range(0, tasks, chunk):
-            part = self._meta_loss(parameters, episodes[start : start + chunk])
+            part = self._meta_loss(parameters, episodes[start : start + chunk], phase)
             if torch.is_grad_enabled():
                 size = len(part.query_losses)
                 share = part.loss * (size / tasks) if self.config.outer.reduction == "mean" else part.loss
@@ -191,22 +196,31 @@ class Engine:
             state, _ = self._adapt(fast, shared, support, graph=False)
         return state.with_tensors([tensor.detach() for tensor in state.tensors()])
 
-    def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes) -> MetaLoss:
-        graph = self.config.inner.order == 2 and torch.is_grad_enabled()
+    def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes, phase: Phase) -> MetaLoss:
+        graph = phase.order == 2 and torch.is_grad_enabled()
+        asked: list[Tensor] = []
         query = self._images(episodes.query_x)
         support = self._support(episodes.support_x, episodes.support_y, query)
         fast, shared = self._split(parameters, len(episodes))
         with torch.enable_grad():  # the inner loop needs gradients whatever the caller does
-            state, trace = self._adapt(fast, shared, support, graph)
+
+            def after(steps: int, state: State) -> None:
+                if steps in phase.asked_after:
+                    scores = self.algorithm.predict(state, steps, shared, support, query).scores
+                    asked.append(self.algorithm.losses(scores, episodes.query_y))
+
+            state, trace = self._adapt(fast, shared, support, graph, after)
         output = self._predict(state, shared, support, query, collect=self.config.model.norm == "batch")
         losses = self.algorithm.losses(output.scores, episodes.query_y)
+        asked_losses = torch.stack([*asked, losses], 1)
         return MetaLoss.reduced(
             self.config.outer.reduction,
             {
                 "query_logits": output.scores,
                 "support_losses": torch.stack(trace, 1) if trace else losses.new_zeros(len(losses), 0),
                 "query_losses": losses,
-                "objectives": losses,
+                "asked_losses": asked_losses.detach(),
+                "objectives": losses if phase.weights is None else asked_losses @ phase.weights,
             },
             [
                 (output.scores.detach().argmax(2) == episodes.query_y).to(losses.dtype).mean(),
@@ -216,14 +230,23 @@ class Engine:
         )
 
     def _adapt(
-        self, fast: Tensors, shared: Mapping[str, Tensor], support: Support, graph: bool
+        self,
+        fast: Tensors,
+        shared: Mapping[str, Tensor],
+        support: Support,
+        graph: bool,
+        after: Callable[[int, State], None] = lambda steps, state: None,
     ) -> tuple[State, list[Tensor]]:
-        """All inner steps: the state, and the detached support losses ``[T]`` of every pass."""
+        """All inner steps: the state, and the detached support losses ``[T]`` of every pass.
+
+        ``after`` is called with the number of steps done and the state, behind each.
+        """
         state, trace = self.algorithm.start(fast, shared, support, graph)
         step = self._recomputed_step if graph and self.config.run.recompute else self._step
         for k in range(self.config.inner.steps):
             state, losses = step(state, k, shared, support, graph)
             trace += losses
+            after(k + 1, state)
         return state, [losses.detach() for losses in trace]
 
     def _step(

@@ -10,17 +10,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
+from cxgrad_fast.algorithms import Phase
 from cxgrad_fast.engine.flat import Flat
 from cxgrad_fast.engine.meta_loss import MetaLoss
 from cxgrad_fast.episodes import Episodes
 
 Function = Callable[..., Sequence[Tensor]]
-Gradients = Callable[[Sequence[Tensor], Episodes], tuple[MetaLoss, Sequence[Tensor]]]
+Gradients = Callable[[Sequence[Tensor], Episodes, Phase], tuple[MetaLoss, Sequence[Tensor]]]
 Shape = tuple[tuple[object, ...], ...]
 
 _TRIALS = 5  # of each way, before the slower is left
@@ -117,11 +119,11 @@ class Static:
 
 
 class StaticGradients:
-    """Meta-loss and meta-gradients, as ``uncompiled`` gives them, compiled for every shape of episodes.
+    """Meta-loss and meta-gradients, as ``uncompiled`` gives them, compiled for every phase and shape of episodes.
 
     Args:
-        uncompiled: (parameters, episodes) -> meta-loss and the gradients in the parameters. Nothing of it may depend on
-            values.
+        uncompiled: (parameters, episodes, phase) -> meta-loss and the gradients in the parameters. Nothing of it may
+            depend on values.
         report, clock, compiler, trials: as for :class:`Static`.
     """
 
@@ -136,24 +138,36 @@ class StaticGradients:
         self._uncompiled = uncompiled
         self._like: MetaLoss | None = None  # a result: how many statistics of which layers
         self._parameters = 0
-        self.static = Static("meta-step", self._function, compiler, report, clock, trials)
+        self._options = (compiler, report, clock, trials)
+        self.statics: dict[object, Static] = {}
 
-    def __call__(self, parameters: Sequence[Tensor], episodes: Episodes) -> tuple[MetaLoss, Sequence[Tensor]]:
+    def __call__(
+        self, parameters: Sequence[Tensor], episodes: Episodes, phase: Phase
+    ) -> tuple[MetaLoss, Sequence[Tensor]]:
         self._parameters = len(parameters)
-        results = self.static(*parameters, *tensors_of(episodes))
+        if phase.kind not in self.statics:
+            self.statics[phase.kind] = Static("meta-step", partial(self._function, phase), *self._options)
+        results = self.statics[phase.kind](*parameters, *tensors_of(episodes, phase))
         assert self._like is not None  # the function has run at least once, to be traced
         count = len(results) - len(parameters)
         return self._like.with_tensors(results[:count]), results[count:]
 
-    def _function(self, *tensors: Tensor) -> list[Tensor]:
-        out, gradients = self._uncompiled(tensors[: self._parameters], Episodes(*tensors[self._parameters :]))
+    def _function(self, phase: Phase, *tensors: Tensor) -> list[Tensor]:
+        episodes, phase = episodes_of(tensors[self._parameters :], phase)
+        out, gradients = self._uncompiled(tensors[: self._parameters], episodes, phase)
         self._like = out
         return [*out.tensors(), *gradients]
 
 
-def tensors_of(episodes: Episodes) -> list[Tensor]:
-    """Support images and labels, query images and labels."""
-    return [episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y]
+def tensors_of(episodes: Episodes, phase: Phase | None = None) -> list[Tensor]:
+    """Support images and labels, query images and labels, and the weights of a phase that has some."""
+    weights = [] if phase is None or phase.weights is None else [phase.weights]
+    return [episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, *weights]
+
+
+def episodes_of(tensors: Sequence[Tensor], phase: Phase) -> tuple[Episodes, Phase]:
+    """The episodes and the phase of such tensors."""
+    return Episodes(*tensors[:4]), replace(phase, weights=tensors[4] if len(tensors) > 4 else None)
 
 
 def shape_of(tensors: Sequence[Tensor]) -> Shape:

@@ -10,10 +10,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from cxgrad_fast.algorithms import Phase
 from cxgrad_fast.engine.captured import Captured, CaptureError, Graphs, Packed
 from cxgrad_fast.engine.distributed import RankLostError
 from cxgrad_fast.engine.meta_loss import MetaLoss
-from cxgrad_fast.engine.static import Gradients, shape_of, tensors_of, to_stderr
+from cxgrad_fast.engine.static import Gradients, episodes_of, shape_of, tensors_of, to_stderr
 from cxgrad_fast.episodes import Episodes
 from cxgrad_fast.models import LayerStatistics
 
@@ -101,7 +102,7 @@ class CapturedStep:
     Args:
         parameters: the leaves that Adam updates, in the order of ``gradients``' results.
         optimizer: Adam over them, fused, which leaves out a step that is not finite by itself.
-        gradients: (parameters, episodes) -> meta-loss and gradients. Nothing of it may depend on values.
+        gradients: (parameters, episodes, phase) -> meta-loss and gradients. Nothing of it may depend on values.
         statistics: what the steps' BatchNorm statistics go to.
         graphs: what records.
         report: told what is captured, and what cannot be.
@@ -128,17 +129,18 @@ class CapturedStep:
         self._rates_held: list[float] = []
         self._programs: dict[object, tuple[Captured, MetaLoss, Packed] | None] = {}
 
-    def start(self, episodes: Episodes) -> Pending | None:
+    def start(self, episodes: Episodes, phase: Phase) -> Pending | None:
         """Start a step; None where it cannot be captured, which was reported."""
-        shape = shape_of(tensors_of(episodes))
+        inputs = tensors_of(episodes, phase)
+        shape = (phase.kind, shape_of(inputs))
         if shape not in self._programs:
-            self._programs[shape] = self._compile(episodes)
+            self._programs[shape] = self._compile(inputs, phase)
         program = self._programs[shape]
         if program is None:
             return None
         captured, like, packed = program
         self._set_rates()
-        (values,) = captured(*tensors_of(episodes))
+        (values,) = captured(*inputs)
         return _PendingReplay(values.clone(), like, packed, self._bad, self._waiting)
 
     def _set_rates(self) -> None:
@@ -148,7 +150,7 @@ class CapturedStep:
                 buffer.fill_(rate)
             self._rates_held = rates
 
-    def _compile(self, episodes: Episodes) -> tuple[Captured, MetaLoss, Packed] | None:
+    def _compile(self, inputs: Sequence[Tensor], phase: Phase) -> tuple[Captured, MetaLoss, Packed] | None:
         again = " again, for another shape of episodes" if self._programs else ""
         likes: list[MetaLoss] = []
 
@@ -156,7 +158,7 @@ class CapturedStep:
             # of aliases: a graph over the parameters that a caller keeps holds their accumulators, nodes of the stream
             # that it was made on, and a capture that meets another stream fails
             leaves = [parameter.detach().requires_grad_() for parameter in self._parameters]
-            out, gradients = self._gradients(leaves, Episodes(*tensors))
+            out, gradients = self._gradients(leaves, *episodes_of(tensors, phase))
             finite = is_finite(out, gradients)
             self._bad.copy_(torch.where(finite, self._bad, 1.0))
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -171,7 +173,7 @@ class CapturedStep:
         began = time.perf_counter()
         self._set_rates()
         try:
-            captured = Captured(step, tensors_of(episodes), self._graphs, self._state)
+            captured = Captured(step, inputs, self._graphs, self._state)
         except CaptureError as error:
             self._report(f"the meta-step cannot be captured, going on without: {error}")
             return None
