@@ -188,7 +188,7 @@ def test_what_cannot_be_captured_is_named_and_runs_uncompiled() -> None:
     right = captured._captured._gradients
 
     def reads_a_value(parameters: Any, episodes: Any, phase: Any) -> Any:
-        out, gradients = right(parameters, episodes)
+        out, gradients = right(parameters, episodes, phase)
         return out, [gradients[0] * (1 if out.loss.item() > 0 else 2), *gradients[1:]]
 
     captured._captured._gradients = reads_a_value
