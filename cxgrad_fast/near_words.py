@@ -68,7 +68,11 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         ("wd weightdecay l2", "the outer loop is Adam without weight decay"),
         ("optim optimizer optimiser outeroptimizer", "the outer loop is Adam"),
         ("momentum", "the outer loop is Adam, the inner loop plain gradient descent"),
-        ("scheduler lrscheduler lrdecay schedule warmup", "the learning rate stays as it is"),
+        ("scheduler lrscheduler lrdecay schedule", "outer.schedule"),
+        ("warmup", "the schedules have none (outer.schedule)"),
+        ("gradclip gradientclip clipgrad clamp gradclamp", "outer.clip_value"),
+        ("clipgradnorm gradclipnorm maxnorm maxgradnorm", "outer.clip_norm"),
+        ("multistep msl multisteploss", "inner.multi_step_iterations"),
         ("dropout droprate", "the backbones have none"),
         ("worldsize nproc ngpus distributed ddp", "start several processes with torchrun --nproc-per-node=N"),
     )

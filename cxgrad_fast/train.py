@@ -125,8 +125,10 @@ def _resume(
         saved = read_checkpoint(latest)
         config = saved.config.override(settings)
         old, new = saved.config.flat(), config.flat()
+        # a schedule that ends with the run goes by its length
+        fixed = {"outer.iterations"} if new["outer.schedule"] in ("linear", "cosine") else set()
         for name in new:
-            if new[name] != old[name] and name not in RESUMABLE:
+            if new[name] != old[name] and name not in RESUMABLE - fixed:
                 raise InputError(
                     f"setting '{name}' (={new[name]}) cannot change in a resumed run (there: {old[name]}): "
                     "it would change its numbers, start a new run for it"

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from cxgrad_fast.config import PRESETS, Config, InputError, preset
+from cxgrad_fast.config import PRESETS, Config, InputError, all_settings, preset
 from cxgrad_fast.near_words import SYNONYMS, advice, nearest
 
 SETTINGS = list(Config().flat())
@@ -78,7 +78,7 @@ def test_options_are_meant_only_where_there_are_such() -> None:
 
 
 def test_every_meaning_is_a_setting_an_option_or_a_sentence() -> None:
-    known = {*SETTINGS, *OPTIONS}
+    known = {*all_settings(), *OPTIONS}
     for word, meanings in SYNONYMS.items():
         assert word.isalnum(), word
         assert word == word.lower(), word

@@ -75,6 +75,8 @@ def test_a_run_is_not_written_over(copy, images, capsys) -> None:
         ("--run.seed=3", "setting 'run.seed' (=3) cannot change"),
         ("--task.shots=2", "setting 'task.shots' (=2) cannot change"),
         ("--evaluation.ensemble=1", "setting 'evaluation.ensemble' (=1) cannot change"),
+        ("--inner.algorithm=maml", "setting 'inner.algorithm' (=maml) cannot change"),
+        ("--outer.schedule=linear", "setting 'outer.schedule' (=linear) cannot change"),
         ("--out=elsewhere", "--out does not go with --resume"),
         ("--preset=glyphs-5w5s", "--preset does not go with --resume"),
     ],
@@ -83,6 +85,12 @@ def test_a_resumed_run_keeps_its_settings(copy, capsys, word: str, told: str) ->
     before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
     assert told in refused(capsys, "--resume", copy, word)
     assert {path: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+
+def test_a_schedule_that_ends_with_the_run_fixes_its_length(images, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    assert train("--out", run, *words(images, outer__schedule="cosine")) == 0
+    assert "setting 'outer.iterations' (=99) cannot change" in refused(capsys, "--resume", run, "--outer.iterations=99")
 
 
 def test_a_resumed_run_may_name_a_setting_it_has(copy) -> None:
