@@ -21,6 +21,15 @@ from cxgrad_fast.printable import one_line, shown
 
 DEFAULT_PRESET = "glyphs-5w1s"
 
+# of the names of presets -> what they are; without an algorithm in its name a preset is CxGrad's
+PRESET_PATTERNS = {
+    "glyphs-5w{1,5}s": "drawn letters, 5-way, 1 or 5 shots; minutes on two cores",
+    "glyphs-ALGORITHM-5w{1,5}s": "the same with another algorithm",
+    "released-{mini,tiered}-5w{1,5}s": "what the program does that the authors of CxGrad released",
+    "released-ALGORITHM-{mini,tiered}-5w{1,5}s": "what the released program of another algorithm does",
+    "paper-{mini,tiered}-5w{1,5}s": "CxGrad where the paper's text differs from its program",
+}
+
 # what a person can do something about; any other OSError is a fault of ours and keeps its traceback
 _DISK_ERRORS = frozenset(
     {
@@ -129,8 +138,17 @@ def build_config(
 
 def add_config_options(parser: argparse.ArgumentParser, default: str = DEFAULT_PRESET) -> None:
     """The two options every command that builds a Config has; ``default`` is the preset."""
-    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: {default})")
+    parser.add_argument("--preset", metavar="NAME", help=f"settings to start from, see below (default: {default})")
     parser.add_argument("--config", metavar="FILE", help="settings in a TOML file; the command line wins over it")
+    parser.epilog = "\n\n".join(filter(None, [presets_help(), parser.epilog]))
+
+
+def presets_help() -> str:
+    """The names of all presets, as patterns: ``{1,5}`` stands for 1 or 5, ``ALGORITHM`` for each that is listed."""
+    algorithms = [name for name in ALGORITHMS if f"glyphs-{name}-5w1s" in PRESETS]
+    lines = [f"presets (one file each in {next(iter(PRESETS.values())).parent}, with the sources of its values):"]
+    lines += [f"  {pattern:<42}  {meaning}" for pattern, meaning in PRESET_PATTERNS.items()]
+    return "\n".join([*lines, f"  ALGORITHM is one of {', '.join(algorithms)}"])
 
 
 def _settings_help(config: Config) -> str:

@@ -2,6 +2,7 @@ import argparse
 import errno
 import io
 import os
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from cxgrad_fast.cli import (
+    DEFAULT_PRESET,
     Parser,
     Progress,
     add_config_options,
@@ -18,7 +20,7 @@ from cxgrad_fast.cli import (
     run_command,
     split_settings,
 )
-from cxgrad_fast.config import Config, InputError, preset
+from cxgrad_fast.config import PRESETS, Config, InputError, preset
 
 
 @pytest.fixture
@@ -152,6 +154,20 @@ def test_help_lists_every_setting_with_its_default_and_choices(parser: Parser, c
         assert f"  --{name} {value}" in shown
     assert "--inner.algorithm cxgrad   (alfa | " in shown
     assert "with --inner.algorithm anil also: --inner.joint False" in shown
+
+
+def test_help_has_the_names_of_all_presets(parser: Parser, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse(["--help"])
+    shown = capsys.readouterr().out
+    algorithms = re.search(r"ALGORITHM is one of (.*)\n", shown)
+    assert algorithms
+    words = {"ALGORITHM": algorithms[1].split(", "), "{1,5}": ["1", "5"], "{mini,tiered}": ["mini", "tiered"]}
+    names = re.findall(r"^  (\S+-5w\{1,5\}s)  ", shown, re.MULTILINE)
+    for word, values in words.items():
+        names = [name.replace(word, value) for name in names for value in (values if word in name else [word])]
+    assert sorted(names) == sorted(PRESETS)
+    assert f"(default: {DEFAULT_PRESET})" in shown
 
 
 def test_parse_takes_options_and_settings_in_any_order(parser: Parser) -> None:

@@ -39,21 +39,6 @@ def test_overrides_of_every_kind() -> None:
     assert config.override({"data.seed": 7}).run.seed == 7
 
 
-def test_released_presets_say_what_the_program_does() -> None:
-    for shots, batch in ((1, 4), (5, 2)):
-        for dataset, iterations in (("mini", 50_000), ("tiered", 125_000)):
-            config = preset(f"released-{dataset}-5w{shots}s")
-            assert (config.task.ways, config.task.shots, config.task.queries) == (5, shots, 15)
-            assert (config.model.filters, config.model.slope, config.model.image_size) == (48, 0.01, 84)
-            assert (config.outer.meta_batch, config.outer.iterations) == (batch, iterations)
-            assert (config.outer.learning_rate, config.inner.learning_rate) == (1e-3, 0.01)
-            assert (config.inner.steps, config.inner.context_learning_rate, config.inner.context_dim) == (5, 1.0, 100)
-            assert (config.inner.initial_context_order, config.outer.reduction) == (1, "mean")
-            assert (config.data.normalize, config.data.sampler) == ("none", "released")
-            paper = preset(f"paper-{dataset}-5w{shots}s")
-            assert (paper.model.slope, paper.outer.reduction, paper.inner.initial_context_order) == (0.0, "sum", 2)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -142,15 +127,6 @@ def test_a_layer_that_changes_the_algorithm() -> None:
     changed = preset("glyphs-5w1s", {"inner.steps": 3, "inner.order": 1, "inner.learning_rate": 0.5})
     assert changed.override({"inner.algorithm": "maml"}).inner == MAMLConfig("maml", 3, 1, 0.5)
     assert preset("glyphs-5w1s", {"inner.order": 2}).override({"inner.algorithm": "fomaml"}).inner.order == 1
-
-
-def test_presets_are_settings_files() -> None:
-    """Each reads as ``--config`` reads a file, and each is based on presets that there are."""
-    for name, path in PRESETS.items():
-        settings = from_toml(path)
-        base = settings.pop("preset", None)
-        expected = preset(str(base), settings) if base else Config().override(settings)
-        assert dataclasses.replace(expected, preset=name) == preset(name)
 
 
 def test_settings_that_do_not_fit_together() -> None:
