@@ -43,6 +43,19 @@ _CLAMPED = {"outer.clip_value": 10.0, "outer.clip": "network", "outer.clip_norm"
 _RELEASED: dict[str, tuple[dict[str, object], int, int]] = {
     "maml": (_SAME_PROGRAM | _PLAIN | {"inner.learning_rate": 0.01}, 4, 2),
     "fomaml": (_SAME_PROGRAM | _PLAIN | {"inner.learning_rate": 0.01, "inner.order": 1}, 4, 2),
+    "mamlpp": (
+        _SAME_PROGRAM
+        | _CLAMPED
+        | {
+            "model.conv_bias": True,
+            "inner.learning_rate": 0.1,
+            "inner.first_order_iterations": 0,
+            "inner.multi_step_iterations": 7500,
+            "inner.multi_step_epoch": 500,
+        },
+        2,
+        2,
+    ),
     "l2f": (
         _SAME_PROGRAM
         | _CLAMPED
