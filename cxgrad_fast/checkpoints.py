@@ -6,39 +6,25 @@ import dataclasses
 import hashlib
 import io
 import os
-import pickle
-import struct
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cxgrad_fast.config import Config, InputError
+from cxgrad_fast.config.fields import LARGEST_INTEGER
 from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.learner import Learner
+from cxgrad_fast.learner_state import check_state
+from cxgrad_fast.printable import shown
+from cxgrad_fast.schema import FLOATING, anything, items, number, one_of, record, refuse, table, tensor, text, whole
+from cxgrad_fast.torch_files import read_torch_file
 
 FORMAT, VERSION = "cxgrad_fast checkpoint", 1
 
 _PLAIN = (str, int, float, bool, type(None))
-
-# everything torch.load was seen to raise over files with flipped bits and files of other kinds
-_UNREADABLE = (
-    RuntimeError,
-    ValueError,
-    LookupError,
-    EOFError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    pickle.UnpicklingError,
-)
 
 
 class Best(NamedTuple):
@@ -87,11 +73,12 @@ class Checkpoint:
         Raises:
             InputError: the state does not fit the settings (``file`` is named).
         """
-        learner = Learner(config or self.config, ranks)
         try:
-            learner.load_state_dict(self.state, optimizer=optimizer)
+            check_state(config or self.config, self.state, optimizer)  # before a learner takes the memory
         except ValueError as error:
             raise InputError(f"checkpoint '{file}' does not fit the settings: {error}") from error
+        learner = Learner(config or self.config, ranks)
+        learner.load_state_dict(self.state, optimizer=optimizer)
         return learner
 
 
@@ -118,52 +105,72 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in ``path``, with all tensors on the CPU.
+    """The checkpoint in ``path``, with all tensors on the CPU: whole, and one that a Learner can be made of.
 
     Raises:
-        InputError: missing, truncated, not a checkpoint of this program, altered, or of a newer program.
+        InputError: missing, truncated, not a checkpoint of this program, altered, of a newer program, or with content
+            that no run has.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"'{path}' is not a checkpoint of cxgrad_fast (evaluate reads the paper's with --released)")
     version = content.get("version")
     if isinstance(version, int) and version > VERSION:
-        raise InputError(f"checkpoint '{path}' has format version {version}, this program reads {VERSION}: update it")
+        raise InputError(
+            f"checkpoint '{path}' has format version {shown(version)}, this program reads {VERSION}: update it"
+        )
     if content.pop("sha256", None) != _digest(content):
         raise InputError(f"checkpoint '{path}' is damaged: its content does not match its SHA-256, use another one")
-    names = {spec.name for spec in dataclasses.fields(Checkpoint)}
-    values = {name: value for name, value in content.items() if name in names}
+    try:
+        return _checkpoint(content)
+    except ValueError as error:
+        raise InputError(f"checkpoint '{path}' does not hold a run: {error}") from error
+
+
+# What a checkpoint holds. Other keys may be there; settings and state are checked where they are used.
+_CONTENT = record(
+    version=whole(VERSION, VERSION),
+    config=table(anything),
+    preset=text(),
+    state=table(anything),
+    iteration=whole(0, LARGEST_INTEGER),
+    validated=whole(0, LARGEST_INTEGER),
+    best=items(items(anything, 2)),
+    fingerprints=table(text()),
+    rng=table(tensor(torch.uint8, dimensions=1)),
+    source=text(),
+    episode=table(one_of(whole(), items(whole()), tensor(*FLOATING, torch.int64))),
+    next_task=whole(),
+)
+
+
+def _generator_state(value: Any, where: str) -> None:
+    try:
+        torch.Generator().set_state(value.contiguous())
+    except RuntimeError:
+        raise refuse(where, "a state of torch's generator", value) from None
+
+
+def _checkpoint(content: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of a file's content; ValueError (InputError is one) for content that no run has."""
+    _CONTENT(content, "")
     stated = content["config"]
     # a checkpoint of before each algorithm had its own settings holds those of all
     config = Config().override(stated, {"inner.algorithm": stated.get("inner.algorithm", "cxgrad")})
     config = dataclasses.replace(config, preset=content["preset"])
-    return Checkpoint(**values | {"config": config, "best": tuple(Best(*best) for best in content["best"])})
-
-
-def read_torch_file(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``: tensors, plain values and numpy scalars; nothing in it can run code.
-
-    Raises:
-        InputError: missing, truncated or not a torch file.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the checkpoint '{path}': {error.strerror}") from error
-    # numbers in the released program's files are numpy scalars, pickled under the names of their numpy's day
-    scalar = np.float64(0).__reduce__()[0]
-    numpy_scalars: list[Any] = [
-        *((scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
-        np.dtype,
-        *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
-    ]
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(numpy_scalars):
-            warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        what = "is truncated or damaged" if data[:2] == b"PK" else "is not a torch file"
-        raise InputError(f"cannot read the checkpoint '{path}': it {what}") from error
+    iteration, validated = content["iteration"], content["validated"]
+    whole(0, iteration)(validated, "validated")
+    for index, (done, accuracy) in enumerate(content["best"]):
+        whole(1, validated)(done, f"best[{index}][0]")
+        number(0, 1)(accuracy, f"best[{index}][1]")
+    best = tuple(Best(*pair) for pair in content["best"])
+    if list(best) != sorted(best, key=lambda model: (-model.accuracy, model.iteration)) or len(set(best)) < len(best):
+        raise refuse("best", "different models, best first", content["best"])
+    whole(*[iteration * config.outer.meta_batch] * 2)(content["next_task"], "next_task")
+    record(cpu=_generator_state)(content["rng"], "rng")
+    check_state(config, content["state"])
+    values = {spec.name: content[spec.name] for spec in dataclasses.fields(Checkpoint)}
+    return Checkpoint(**values | {"config": config, "best": best})
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
@@ -214,7 +221,7 @@ def _digest(value: Any) -> str:
     def feed(part: Any) -> None:
         if isinstance(part, Tensor):
             digest.update(f"{part.dtype} {list(part.shape)}\n".encode())
-            # a damaged file may hold any strides; a clone has those of its shape
+            # a file may hold any strides; a clone has those of its shape
             whole = part.clone(memory_format=torch.contiguous_format)
             digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, dict):

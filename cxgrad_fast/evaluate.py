@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cxgrad_fast.checkpoints import read_checkpoint, read_torch_file
+from cxgrad_fast.checkpoints import read_checkpoint
 from cxgrad_fast.cli import Parser, Progress, add_config_options, build_config, run_command
 from cxgrad_fast.config import Config, InputError, preset
 from cxgrad_fast.data import open_pool
@@ -24,6 +24,7 @@ from cxgrad_fast.launched import on_ranks
 from cxgrad_fast.learner import Learner
 from cxgrad_fast.runs import best_files
 from cxgrad_fast.signals import Signals
+from cxgrad_fast.torch_files import read_torch_file
 
 _RELEASED_PRESET = "released-mini-5w1s"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cxgrad_fast.algorithms import build_algorithm
 from cxgrad_fast.config import Config
-from cxgrad_fast.models import build_backbone
-from cxgrad_fast.schema import FLOATING, items, number, odd_kind, record, refuse, table, tensor, whole
+from cxgrad_fast.models import NORM, build_backbone
+from cxgrad_fast.schema import FLOATING, anything, items, number, odd_kind, record, refuse, table, tensor, whole
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -49,36 +49,41 @@ def check_state(config: Config, state: Any, optimizer: bool = True) -> None:
         raise refuse("state", "a dictionary", state)
     declared = build_algorithm(config, build_backbone(config.model)).declared
     shapes = {name: parameter.shape for name, parameter in declared.items()}
+    trained = [parameter.shape for parameter in declared.values() if parameter.trained]
+    end = ".norm.weight"
+    channels = {
+        name.removesuffix(end): p.shape for name, p in declared.items() if p.role == NORM and name.endswith(end)
+    }
     record(
-        parameters=table(lambda value, where: None),
-        statistics=table(lambda value, where: None),
+        parameters=table(anything),
+        statistics=table(anything),
         steps_averaged=whole(),
     )(dict(state), "state")
     check_parameters(state["parameters"], shapes, "state")
-    _check_statistics(shapes, state["statistics"])
+    _check_statistics(channels, state["statistics"])
     if optimizer:
-        record(optimizer=lambda value, where: check_adam(value, list(shapes.values()), where))(dict(state), "state")
+        record(optimizer=lambda value, where: check_adam(value, trained, where))(dict(state), "state")
 
 
-def _check_statistics(shapes: Shapes, statistics: Mapping[str, Any]) -> None:
-    end = ".norm.weight"
-    channels = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
+def _check_statistics(channels: Shapes, statistics: Mapping[str, Any]) -> None:
     if odd := sorted(set(statistics) ^ set(channels)) if statistics else []:
         raise ValueError(f"state: the statistics of '{odd[0]}' are not on both sides: other backbone?")
     for name, value in statistics.items():
         tensor(*FLOATING, shape=(2, channels[name][-1]))(value, f"state: the statistics of '{name}'")
 
 
-def check_adam(state: Any, shapes: list[Sequence[int]], where: str) -> None:
+def check_adam(state: Any, shapes: Sequence[Sequence[int]], where: str) -> None:
     """That ``state`` is the ``state_dict()`` of ``torch.optim.Adam`` over parameters of these shapes, one group."""
     rate, share = number(0, 1e38), number(0, math.nextafter(1, 0))
     group = record(lr=rate, betas=items(share, 2), eps=rate, weight_decay=rate, params=items(whole()))
-    record(state=table(table(lambda value, where: None), whole()), param_groups=items(group, 1))(state, where)
+    record(state=table(table(anything), whole()), param_groups=items(group, 1))(state, where)
     indices = list(range(len(shapes)))
     if state["param_groups"][0]["params"] != indices:
-        raise refuse(f"{where}.param_groups[0].params", f"the {len(shapes)} parameters", state["param_groups"])
+        raise refuse(
+            f"{where}.param_groups[0].params", f"the {len(shapes)} parameters", state["param_groups"][0]["params"]
+        )
     if state["state"] and sorted(state["state"]) != indices:
-        raise refuse(f"{where}.state", f"empty or of {len(shapes)} parameters", state["state"])
+        raise refuse(f"{where}.state", f"empty or of {len(shapes)} parameters", list(state["state"]))
     for index, moments in state["state"].items():
         moment = tensor(*FLOATING, shape=shapes[index])
         check = record(step=tensor(*FLOATING, shape=()), exp_avg=moment, exp_avg_sq=moment)

@@ -85,6 +85,10 @@ def tensor(*dtypes: torch.dtype, shape: Sequence[int] | None = None, dimensions:
     return check
 
 
+def anything(value: Any, where: str) -> None:
+    """Whatever there is."""
+
+
 def items(each: Check, count: int | None = None) -> Check:
     """A list or tuple, of so many things if ``count`` is given."""
 
