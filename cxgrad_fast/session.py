@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast.checkpoints import Best, Checkpoint
-from cxgrad_fast.config import Config
+from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.engine import Ranks
 from cxgrad_fast.episodes import EpisodeSampler
 from cxgrad_fast.learner import Learner
@@ -64,7 +64,14 @@ def _rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put torch's generators into the states of a checkpoint."""
+    """Put torch's generators into the states of a checkpoint.
+
+    Raises:
+        InputError: the device's generator does not take its state.
+    """
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+        try:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        except RuntimeError as error:
+            raise InputError(f"the checkpoint's state of the generator on {device} cannot be used: {error}") from error
