@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cxgrad_fast.algorithms import build_algorithm
 from cxgrad_fast.config import Config
+from cxgrad_fast.config.fields import LARGEST_NUMBER
 from cxgrad_fast.models import NORM, build_backbone
 from cxgrad_fast.schema import FLOATING, anything, items, number, odd_kind, record, refuse, table, tensor, whole
 
@@ -74,7 +75,7 @@ def _check_statistics(channels: Shapes, statistics: Mapping[str, Any]) -> None:
 
 def check_adam(state: Any, shapes: Sequence[Sequence[int]], where: str) -> None:
     """That ``state`` is the ``state_dict()`` of ``torch.optim.Adam`` over parameters of these shapes, one group."""
-    rate, share = number(0, 1e38), number(0, math.nextafter(1, 0))
+    rate, share = number(0, LARGEST_NUMBER), number(0, math.nextafter(1, 0))
     group = record(lr=rate, betas=items(share, 2), eps=rate, weight_decay=rate, params=items(whole()))
     record(state=table(table(anything), whole()), param_groups=items(group, 1))(state, where)
     indices = list(range(len(shapes)))

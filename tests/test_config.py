@@ -80,7 +80,12 @@ def test_overrides_of_every_kind() -> None:
         ("task.shots", np.ones(3), "takes a value of type int"),
         ("task.shots", None, "takes a value of type int, got None"),
         ("outer.iterations", 2**53 + 1, "'outer.iterations' must be at most 1000000000, got 9007199254740993"),
-        ("inner.learning_rate", "1e39", r"'inner.learning_rate' must be at most 1e\+38, got 1e\+39"),
+        ("inner.learning_rate", "1e301", r"'inner.learning_rate' must be at most 1e\+300, got 1e\+301"),
+        (
+            "inner.learning_rate",
+            1e39,
+            r"'inner.learning_rate' \(=1e\+39\) must be at most 1e\+38 with run.precision = float32",
+        ),
         ("inner.learning_rate", "1e999", "takes a value of type float, got '1e999'"),
         ("inner.learning_rate", 10**400, "takes a value of type float, got a number of 1329 bits"),
         ("model.norm_eps", "1e-40", "'model.norm_eps' must be at least 1e-30, got 1e-40"),
@@ -152,6 +157,11 @@ def test_unknown_preset() -> None:
 @pytest.mark.parametrize("value", [3, 3.0, "3", " 3 ", "+3", np.int64(3), np.float32(3), Fraction(3)])
 def test_whole_numbers_of_every_kind(value: object) -> None:
     assert Config().override({"task.ways": value, "inner.learning_rate": value}).task.ways == 3
+
+
+def test_float64_takes_larger_numbers() -> None:
+    config = preset("glyphs-5w1s", {"run.precision": "float64", "outer.learning_rate": 1e300})
+    assert config.outer.learning_rate == 1e300
 
 
 def test_the_largest_seed() -> None:

@@ -10,12 +10,14 @@ from cxgrad_fast.printable import shown
 if TYPE_CHECKING:
     from cxgrad_fast.config import Config
 
+_LARGEST_FLOAT32 = 1e38
 _LARGEST_BATCH = 2**50  # numbers in a layer's output for all tasks at once: petabytes
 _RELEASED_TASKS = 2**32 - 10**6  # numpy's RandomState takes 32 bits, and the first task's seed is below a million
 
 
 def check_together(config: Config) -> None:
     _check_sizes(config)
+    _check_float32(config)
     model = config.model
     if len(model.pool_padding) != 4 or not set(model.pool_padding) <= {0, 1}:
         raise InputError(
@@ -63,3 +65,12 @@ def _check_sizes(config: Config) -> None:
             f"data.sampler = released has seeds for {_RELEASED_TASKS} tasks, outer.iterations (={outer.iterations}) x "
             f"outer.meta_batch (={outer.meta_batch}) are more: use data.sampler = counter"
         )
+
+
+def _check_float32(config: Config) -> None:
+    for name, value in config.flat().items():
+        if isinstance(value, float) and value > _LARGEST_FLOAT32 and config.run.precision != "float64":
+            raise InputError(
+                f"setting '{name}' (={value}) must be at most {_LARGEST_FLOAT32} with run.precision = "
+                f"{config.run.precision}: use a smaller one, or float64"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 
 from cxgrad_fast.printable import one_line, shown
 
-LARGEST_INTEGER, LARGEST_NUMBER = 10**9, 1e38  # of settings that name no bound of their own; 1e38 is a float32
+LARGEST_INTEGER, LARGEST_NUMBER = 10**9, 1e300  # of settings that name no bound of their own
 
 
 class InputError(ValueError):
