@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +88,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replace ``path`` atomically: whatever happens, the old file or the new one stands there, whole.
 
     Raises:
-        OSError: the disk refuses; the old file still stands.
+        OSError: the disk refuses; the old file or the new one stands.
     """
     plain = {spec.name: getattr(checkpoint, spec.name) for spec in dataclasses.fields(checkpoint)}
     plain |= {
@@ -177,7 +179,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Put ``data`` into ``path`` so that a kill or a power cut leaves the old content or the new, never a part.
 
     Raises:
-        OSError: with ``path`` as its file name; the old file still stands and nothing new lies beside it.
+        OSError: with ``path`` as its file name; the old file or the new one stands, and nothing lies beside it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -186,17 +188,22 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        with suppress(OSError):  # what it was before is the error to tell
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
+    """Put the folder's list of names on the disk, where its file system has a way to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -7,15 +7,18 @@ import dataclasses
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
 
 from cxgrad_fast.config import ALGORITHMS, PRESETS, Config, InnerConfig, InputError, all_settings, from_toml, preset
+from cxgrad_fast.engine.memory import is_out_of_memory
 from cxgrad_fast.near_words import advice
 from cxgrad_fast.printable import one_line, shown
 
@@ -29,24 +32,6 @@ PRESET_PATTERNS = {
     "released-ALGORITHM-{mini,tiered}-5w{1,5}s": "what the released program of another algorithm does",
     "paper-{mini,tiered}-5w{1,5}s": "CxGrad where the paper's text differs from its program",
 }
-
-# what a person can do something about; any other OSError is a fault of ours and keeps its traceback
-_DISK_ERRORS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.EIO,
-        errno.EISDIR,
-        errno.ENOTDIR,
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-        errno.EMFILE,
-    }
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -181,29 +166,78 @@ def _other_algorithms(inner: InnerConfig) -> list[str]:
 
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """``main(argv)``'s exit code; bad input and disks that refuse become ``error: <one line>`` on stderr and 2."""
+    """``main(argv)``'s exit code; what the user or the system is at fault for is ``error: <one line>`` on stderr and 2.
+
+    That is bad input, every error of the operating system, and memory that is full.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be more than the terminal can show
     try:
-        return main(argv)
-    except InputError as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = "the device's memory is full: try --run.tasks_per_chunk 1, --run.recompute true or fewer tasks"
-    except BrokenPipeError:  # the reader of `... | head` has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        message = f"cannot write or read '{error.filename}': {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message += " (free some space; the checkpoints written before are whole)"
+        code = main(argv)
+        _flush_output()  # here, where a full disk behind it is told in words
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of `... | head` has had enough
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        message = _explain(error)
+        if not message:
+            raise
+    try:
+        _flush_output()
+    except OSError:
+        _drop_output()
     print("error:", one_line(message), file=sys.stderr)
     return 2
+
+
+def _explain(error: Exception) -> str:
+    """The error in words for the user; empty for a fault of this program, which keeps its traceback."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device's memory is full: try --run.tasks_per_chunk 1, --run.recompute true or fewer tasks"
+    if is_out_of_memory(error):
+        asked = re.search(r"to allocate ([\d.]+ \w+)", str(error))
+        return (
+            f"memory is full{f' ({asked[1]} more were asked for)' if asked else ''}: try --run.tasks_per_chunk 1, "
+            "--run.recompute true, fewer tasks (outer.meta_batch, evaluation.tasks_per_batch) or a smaller model"
+        )
+    return _explain_system(error) if isinstance(error, OSError) else ""
+
+
+def _explain_system(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    is_named = isinstance(error.filename, str | bytes)
+    if not (is_named and os.path.isabs(error.filename)) and not _has_working_folder():
+        return f"the working directory was removed ({reason}): change to one that exists"
+    place = f" '{os.fsdecode(error.filename)}'" if is_named else ""
+    message = f"cannot write or read{place}: {reason}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message += " (free some space; the checkpoints written before are whole)"
+    return message
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """What stdout still holds cannot be written: without this the interpreter would fail on it at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:

@@ -42,7 +42,7 @@ class FolderLock:
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise
+                raise OSError(error.errno, error.strerror, str(folder)) from error
             print(f"note: '{folder}' cannot be locked ({error.strerror}): train it by one process", file=sys.stderr)
 
     @classmethod
@@ -63,6 +63,6 @@ class FolderLock:
 
     def close(self) -> None:
         """Drop it; once it is dropped nothing happens."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1  # it is closed even where closing it is an error
+        if descriptor >= 0:
+            os.close(descriptor)

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -103,7 +103,7 @@ def check_writable(folder: Path) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     probe = existing / f".cxgrad-fast-{os.getpid()}.tmp"
     try:
-        probe.touch(exist_ok=False)
+        probe.touch()
         probe.unlink(missing_ok=True)  # who opens a run there removes what looks left behind
     except OSError as error:
         raise InputError(f"cannot write the run folder '{folder}': {error.strerror} ('{existing}')") from error
@@ -125,15 +125,23 @@ class Run:
         self.saved: tuple[int, int] | None = None  # iteration and last validation in latest.pt, if written from here
         self._undo: Callable[[], None] = lambda: None
         self._lock = lock or FolderLock(folder)
+        with ExitStack() as opened:
+            if lock is None:
+                opened.enter_context(self._lock)
+            self._open(start, opened)
+            self._opened = opened.pop_all()
+
+    def _open(self, start: Checkpoint, opened: ExitStack) -> None:
+        """Bring the folder to where ``start`` stands; what is opened for writing is closed with ``opened``."""
+        folder = self.folder
         for stale in folder.glob(".*.tmp"):
             stale.unlink(missing_ok=True)  # another process may be checking whether it can write
         self._remove_evicted(start)
         write_atomic(folder / "config.toml", start.config.to_toml().encode())
         write_atomic(folder / "source.txt", _describe_source(start.source).encode())
         write_atomic(folder / "metrics.csv", _rows_until(folder / "metrics.csv", start).encode())
-        self._metrics = _Appender(folder / "metrics.csv")
-        (folder / "tensorboard").mkdir(exist_ok=True)
-        self._events = _Events(folder / "tensorboard", start.iteration + 1)
+        self._metrics = _Appender(folder / "metrics.csv", opened)
+        self._events = _Events(folder / "tensorboard", start.iteration + 1, opened)
 
     @classmethod
     def create(cls, folder: Path, start: Checkpoint) -> Run:
@@ -170,10 +178,9 @@ class Run:
 
     def discard(self) -> None:
         """Close it; one that was created is removed."""
-        self._metrics.close()
-        self._events.close()
-        self._undo()
-        self._lock.close()
+        with self._lock:
+            self._opened.close()
+            self._undo()
 
     def __enter__(self) -> Run:
         return self
@@ -181,9 +188,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._metrics.close()
-        self._events.close()
-        self._lock.close()
+        with self._lock:
+            self._opened.close()
 
     def log(self, iteration: int, split: str, **values: float) -> None:
         """A row of metrics.csv (loss, accuracy, interval, ...) and the same as TensorBoard scalars."""
@@ -240,11 +246,12 @@ class FollowedRun(Run):
 
 
 class _Appender:
-    """A file that is only added to; every write reaches it at once, so nothing is left to fail when it is closed."""
+    """A file that is only added to, closed with ``opened``; every write reaches it at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opened: ExitStack) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        opened.callback(os.close, self._descriptor)
 
     def write(self, data: bytes) -> None:
         try:
@@ -256,31 +263,31 @@ class _Appender:
     def flush(self) -> None:
         """Nothing waits."""
 
-    def close(self) -> None:
-        os.close(self._descriptor)
-
 
 class _Events:
-    """A TensorBoard event file, written in step: torch's SummaryWriter fails in a thread of its own on a full disk."""
+    """A TensorBoard event file, written in step: torch's SummaryWriter fails in a thread of its own on a full disk.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    Args:
+        folder: for the file; made where it is missing.
+        first_step: TensorBoard forgets this step and those after it, which an interrupted run wrote.
+        opened: closes the file.
+    """
+
+    def __init__(self, folder: Path, first_step: int, opened: ExitStack) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter(_Appender(folder / name))
+        folder.mkdir(exist_ok=True)
+        self._writer = RecordWriter(_Appender(folder / name, opened))
         self._put(file_version="brain.Event:2")
-        # tells TensorBoard to forget the steps that an interrupted run wrote after its last checkpoint
         self._put(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._put(step=step, summary=self._summary(value=values))
-
-    def close(self) -> None:
-        self._writer.close()
 
     def _put(self, **fields: object) -> None:
         self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())

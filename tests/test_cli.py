@@ -3,7 +3,11 @@ import errno
 import io
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -21,6 +25,14 @@ from cxgrad_fast.cli import (
     split_settings,
 )
 from cxgrad_fast.config import PRESETS, Config, InputError, preset
+from cxgrad_fast.runs import check_writable
+
+
+def _raising(error: BaseException):
+    def main(argv):
+        raise error
+
+    return main
 
 
 @pytest.fixture
@@ -177,13 +189,6 @@ def test_parse_takes_options_and_settings_in_any_order(parser: Parser) -> None:
     assert settings == {"task.ways": "3", "run.seed": "1"}
 
 
-def _raising(error: BaseException):
-    def main(argv):
-        raise error
-
-    return main
-
-
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -195,6 +200,13 @@ def _raising(error: BaseException):
             "error: cannot write or read 'run/latest.pt': No space left on device "
             "(free some space; the checkpoints written before are whole)",
         ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", b"x"),
+            "error: cannot write or read 'x': No such file or directory",
+        ),
+        (OSError(errno.ESTALE, "Stale file handle"), "error: cannot write or read: Stale file handle"),
+        (OSError("cannot identify\nimage file"), "error: cannot write or read: cannot identify image file"),
+        (TimeoutError(), "error: cannot write or read: TimeoutError"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "error: cannot write or read 'x': Permission denied"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
@@ -216,7 +228,76 @@ def test_a_name_that_the_terminal_cannot_show_is_printed_as_it_can(monkeypatch) 
     assert terminal.buffer.getvalue() == rb"run runs/\udcff \xb1 1 %" + b"\n"
 
 
-@pytest.mark.parametrize("error", [KeyError("a fault of ours"), FileNotFoundError(errno.ENOENT, "gone", "x")])
+@pytest.mark.parametrize("code", sorted(errno.errorcode))
+def test_every_error_of_the_system_is_one_line(code: int, capsys) -> None:
+    error = OSError(code, os.strerror(code), "run/latest.pt")
+    if isinstance(error, BrokenPipeError):
+        return  # the reader of stdout has had enough: nothing is said
+    assert run_command(_raising(error)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot write or read 'run/latest.pt': {os.strerror(code)}")
+
+
+def test_a_removed_working_directory_is_named(tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    told = "error: the working directory was removed (No such file or directory): change to one that exists\n"
+    monkeypatch.chdir(folder)
+
+    folder.rmdir()
+    for main in (
+        lambda argv: len(os.getcwd()),
+        lambda argv: len(Path("run/latest.pt").read_bytes()),
+        lambda argv: check_writable(Path("run")) or 0,
+    ):
+        assert run_command(main) == 2
+        assert capsys.readouterr().err == told
+    assert run_command(_raising(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"))) == 2
+    assert "'/x'" in capsys.readouterr().err
+
+
+def _allocate_by_torch(argv: object) -> int:
+    return len(torch.empty(1 << 60, dtype=torch.uint8))
+
+
+def _allocate_by_numpy(argv: object) -> int:
+    return len(np.empty(1 << 60, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("main", "asked"),
+    [
+        (_allocate_by_torch, " (1152921504606846976 bytes more were asked for)"),
+        (_allocate_by_numpy, " (1.00 EiB more were asked for)"),
+        (_raising(MemoryError()), ""),
+        (_raising(RuntimeError("can't start new thread")), ""),
+        (_raising(ImportError("libXau.so: failed to map segment from shared object")), ""),
+    ],
+)
+def test_full_memory_is_one_line(main, asked: str, capsys) -> None:
+    assert run_command(main) == 2
+    assert capsys.readouterr().err == (
+        f"error: memory is full{asked}: try --run.tasks_per_chunk 1, --run.recompute true, fewer tasks "
+        "(outer.meta_batch, evaluation.tasks_per_batch) or a smaller model\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    program = (
+        "import sys; from cxgrad_fast.cli import run_command; sys.exit(run_command(lambda argv: print(argv) or 0))"
+    )
+    command = [sys.executable, "-c", program]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: cannot write or read: No space left on device (free some space; the checkpoints written before are "
+        "whole)\n"
+    )
+
+
+@pytest.mark.parametrize("error", [KeyError("a fault of ours"), RuntimeError("shapes"), ImportError("no module")])
 def test_a_fault_of_ours_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         run_command(_raising(error))

@@ -39,7 +39,7 @@ ALLOWED = {
     "runs": {"learner", "checkpoints", "folder_lock"},
     "session": {"engine", "learner", "episodes", "checkpoints"},
     "endings": {"engine", "checkpoints", "runs", "session", "signals", "launched"},
-    "cli": {"near_words"},
+    "cli": {"near_words", "engine"},
     "train": {
         "pipeline",
         "cli",

@@ -5,9 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from ranks import Launched
 from tiny_runs import train, words, write_images
 
+from cxgrad_fast import Learner
 from cxgrad_fast import train as train_module
 
 pytest_plugins = ("tiny_runs_fixtures",)
@@ -117,3 +121,30 @@ def test_resuming_from_a_truncated_checkpoint_is_told(copy, capsys) -> None:
     data = (copy / "latest.pt").read_bytes()
     (copy / "latest.pt").write_bytes(data[: len(data) // 2])
     assert "latest.pt': it is truncated or damaged" in refused(capsys, "--resume", copy)
+
+
+# memory that is full
+
+
+def train_in_little_memory(*arguments: object) -> int:
+    """The second rank, or the only one, has none for its images."""
+    if os.environ.get("RANK", "1") == "1":
+        train_module.open_pool = lambda *arguments: np.empty(1 << 60, dtype=np.uint8)
+    return train(*arguments)
+
+
+def test_full_memory_of_one_rank_is_told_once(images, tmp_path) -> None:
+    launched = Launched(tmp_path / "ranks", 2, train_in_little_memory, "--out", tmp_path / "run", *words(images))
+    assert launched.wait() == [2, 2], launched.err()
+    assert launched.err().startswith("error: memory is full (1.00 EiB more were asked for): try ")
+    assert launched.err().count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["start_step", "predict"])
+def test_memory_that_is_full_in_a_run_is_one_line(copy, capsys, monkeypatch, place: str) -> None:
+    before = (copy / "latest.pt").read_bytes()
+    monkeypatch.setattr(Learner, place, lambda *arguments: torch.empty(1 << 60))
+    told = refused(capsys, "--resume", copy, "--outer.iterations", 10)
+    assert told.startswith("memory is full (4611686018427387904 bytes more were asked for): try ")
+    assert (copy / "latest.pt").read_bytes() == before

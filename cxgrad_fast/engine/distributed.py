@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cxgrad_fast.algorithms import Phase
 from cxgrad_fast.config import Config, InputError
+from cxgrad_fast.engine.memory import is_out_of_memory
 from cxgrad_fast.engine.meta_loss import MetaLoss
 from cxgrad_fast.engine.notes import Notes
 from cxgrad_fast.engine.static import Gradients, shape_of, tensors_of
@@ -175,7 +176,7 @@ class Ranks:
 
         Raises:
             ToldElsewhereError: it failed on a lower rank, where the error is raised.
-            InputError, OSError: it failed here.
+            InputError, OSError: it failed here; also what says that memory is full.
             RankLostError: a rank did not take part.
         """
         if self.size == 1:
@@ -183,7 +184,9 @@ class Ranks:
         failure: Exception | None = None
         try:
             result = action()
-        except (InputError, OSError, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, InputError | OSError) and not is_out_of_memory(error):
+                raise
             failure = error
         failed: list[bool] = [False] * self.size
         with self._reaching_all():

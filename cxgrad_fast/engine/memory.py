@@ -125,6 +125,23 @@ def _read(path: str) -> str:
         return ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host's memory, or a device's, is full or may not be used any further.
+
+    Python and numpy raise MemoryError; torch's allocator, threads that cannot start and libraries that cannot be loaded
+    raise kinds that stand for other things too, and are known by their text.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return (isinstance(error, RuntimeError) and any(words in text for words in _FULL)) or (
+        isinstance(error, ImportError) and "failed to map segment" in text
+    )
+
+
+_FULL = ("can't allocate memory", "std::bad_alloc", "can't start new thread")
+
+
 def measured_peak(device: torch.device) -> int:
     """Bytes at the process's peak so far: of the device's allocator, or what the system counts as resident.
 
