@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cxgrad_fast.config import OuterConfig
+from cxgrad_fast.config.groups import OuterConfig
 
 
 def learning_rate(outer: OuterConfig, iteration: int | None) -> float:
