@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import train, words
 
 from cxgrad_fast import Learner, runs
@@ -91,7 +92,8 @@ def _quick_disk(monkeypatch) -> None:
 
 @pytest.fixture
 def saved() -> Checkpoint:
-    return Checkpoint(config=CONFIG, state=Learner(CONFIG).state_dict(), iteration=9, validated=8, best=BEST)
+    state, rng = Learner(CONFIG).state_dict(), {"cpu": torch.get_rng_state()}
+    return Checkpoint(config=CONFIG, state=state, iteration=9, validated=8, best=BEST, rng=rng)
 
 
 def new_run(folder: Path, saved: Checkpoint) -> Path:
