@@ -271,7 +271,9 @@ class Learner:
         if not outer.clip_value and not outer.clip_norm:
             return out, found
         declared = self.algorithm.declared.values()
-        return out, clipped(outer, found, [outer.clip == "all" or each.role != OWN for each in declared])
+        return out, clipped(
+            outer, found, [each.trained and (outer.clip == "all" or each.role != OWN) for each in declared]
+        )
 
     def _loss_and_gradients(
         self, parameters: Sequence[Tensor], episodes: Episodes, phase: Phase
@@ -357,8 +359,15 @@ class Learner:
         self._prepare()
 
     def released_names(self) -> dict[str, str]:
-        """Our names of the meta-parameters -> those of the program that the algorithm's authors released."""
-        return {name: self.algorithm.released[name] for name in self.meta_parameters}
+        """Our names of the meta-parameters -> those of the program that the algorithm's authors released.
+
+        Raises:
+            InputError: that program has no such parameter: it has another backbone.
+        """
+        table, algorithm = self.algorithm.released, self.config.inner.algorithm
+        if odd := [name for name in self.meta_parameters if name not in table]:
+            raise InputError(f"the released program of {algorithm} has no parameter like our '{odd[0]}'")
+        return {name: table[name] for name in self.meta_parameters}
 
     def load_released(self, state_dict: Mapping[str, Any]) -> None:
         """Take the parameters of a checkpoint of the released program, under its own names.

@@ -53,7 +53,7 @@ class Rerun:
 def fused(learner: Learner) -> Learner:
     """With the optimizer that a CUDA device would have, which the CPU has too."""
     learner._adam = {"fused": True}
-    learner.optimizer = torch.optim.Adam(learner.meta_parameters.values(), lr=RATE, fused=True)
+    learner.optimizer = torch.optim.Adam(learner.optimizer.param_groups[0]["params"], lr=RATE, fused=True)
     return learner
 
 
@@ -73,8 +73,8 @@ def assert_same(captured: Learner, plain: Learner) -> None:
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def step_both(captured: Learner, plain: Learner, episodes: Episodes) -> None:
-    ours, expected = captured.meta_step(episodes), plain.meta_step(episodes)
+def step_both(captured: Learner, plain: Learner, episodes: Episodes, iteration: int | None = None) -> None:
+    ours, expected = captured.meta_step(episodes, iteration), plain.meta_step(episodes, iteration)
     for field in ("loss", "query_logits", "support_losses", "query_losses", "accuracy"):
         assert torch.equal(getattr(ours, field), getattr(expected, field)), field
     for name, statistics in expected.statistics.items():

@@ -52,11 +52,12 @@ def test_golden_on_two_threads() -> None:
         torch.set_num_threads(before)
 
 
-def compare_with_oracle(config: Config, tasks: int = 2, tolerance: float = 1e-8) -> None:
+def compare_with_oracle(config: Config, tasks: int = 2, tolerance: float = 1e-8, iteration: int | None = None) -> None:
     learner = Learner(config)
     spread_parameters(learner)
     episodes = random_episodes(config, tasks)
-    ours, theirs = learner.meta_loss(episodes), reference.meta_loss(config, learner.meta_parameters, episodes)
+    ours = learner.meta_loss(episodes, iteration)
+    theirs = reference.meta_loss(config, learner.meta_parameters, episodes, iteration)
     for field in ("loss", "query_logits", "support_losses", "query_losses", "accuracy"):
         actual, expected = getattr(ours, field), getattr(theirs, field)
         assert actual.shape == expected.shape, field

@@ -35,10 +35,12 @@ def pair(config: Config) -> tuple[Learner, Learner, list[str]]:
     return compiled, plain, told
 
 
-def assert_equal_steps(compiled: Learner, plain: Learner, steps: int, tasks: int = 2) -> None:
+def assert_equal_steps(
+    compiled: Learner, plain: Learner, steps: int, tasks: int = 2, iteration: int | None = None
+) -> None:
     for seed in range(steps):
         episodes = random_episodes(plain.config, tasks, seed=seed)
-        ours, expected = compiled.meta_step(episodes), plain.meta_step(episodes)
+        ours, expected = compiled.meta_step(episodes, iteration), plain.meta_step(episodes, iteration)
         for field in ("loss", "query_logits", "support_losses", "query_losses", "accuracy"):
             actual = getattr(ours, field)
             assert torch.equal(actual, getattr(expected, field)), field

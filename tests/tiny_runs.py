@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from cxgrad_fast.cli import run_command
+from cxgrad_fast.config import ALGORITHMS
 from cxgrad_fast.train import main
 
 CLASSES = {"train": 8, "val": 5, "test": 5}
@@ -51,6 +52,9 @@ def words(images: Path, **changes: object) -> list[str]:
         "run.checkpoint_every": 3,
     }
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    kind = ALGORITHMS.get(str(settings.get("inner.algorithm", "cxgrad")))
+    if "inner__context_dim" not in changes and kind is not None and not hasattr(kind, "context_dim"):
+        del settings["inner.context_dim"]
     return [f"--{name}={value}" for name, value in settings.items()]
 
 

@@ -32,7 +32,8 @@ class L2F(MAML):
     def start(
         self, fast: Tensors, shared: Mapping[str, Tensor], support: Support, graph: bool
     ) -> tuple[State, list[Tensor]]:
-        keeps = graph and self.config.embedding_in_graph
+        # in first order too: only where nobody asks for a meta-gradient is there none to keep it for
+        keeps = self.config.embedding_in_graph and any(weight.requires_grad for weight in fast.values())
         points = dict(zip(fast, cut(list(fast.values()), keeps), strict=True))
         others = shared if keeps else {name: tensor.detach() for name, tensor in shared.items()}
         losses = self.losses(self.scores(self.network(State(points), 0, others, support), support), support.y)

@@ -18,6 +18,7 @@ _RELEASED_TASKS = 2**32 - 10**6  # numpy's RandomState takes 32 bits, and the fi
 def check_together(config: Config) -> None:
     _check_sizes(config)
     _check_float32(config)
+    _check_inner(config)
     model = config.model
     if len(model.pool_padding) != 4 or not set(model.pool_padding) <= {0, 1}:
         raise InputError(
@@ -26,6 +27,10 @@ def check_together(config: Config) -> None:
     if model.norm == "group" and model.filters % model.norm_groups:
         raise InputError(
             f"setting 'model.norm_groups' (={model.norm_groups}) must divide 'model.filters' (={model.filters})"
+        )
+    if model.conv_bias and model.norm != "batch":
+        raise InputError(
+            f"setting 'model.conv_bias' needs model.norm = batch, which removes the biases, not {model.norm}"
         )
     size = model.image_size
     for block in range(4):
@@ -46,6 +51,18 @@ def check_together(config: Config) -> None:
             f"setting 'evaluation.statistics' (={config.evaluation.statistics}) needs model.norm = batch: "
             f"norm = {model.norm} takes its statistics from each image alone"
         )
+
+
+def _check_inner(config: Config) -> None:
+    """Settings that only some algorithms have."""
+    inner, statistics = config.inner, config.evaluation.statistics
+    if getattr(inner, "joint", False) and statistics != "transductive":
+        raise InputError(
+            f"setting 'evaluation.statistics' (={statistics}) does not go with inner.joint, which normalises support "
+            "and query images together: use transductive"
+        )
+    if not getattr(inner, "layers", True) and not getattr(inner, "context_at_head", False):
+        raise InputError("setting 'inner.layers' must name at least one convolution: without any, nothing is adapted")
 
 
 def _check_sizes(config: Config) -> None:

@@ -73,7 +73,7 @@ def mamlpp(
     }
 
 
-def step_weights(steps: int, epoch: int, epochs: int) -> list[float]:
+def step_weights(steps: int, epoch: int, epochs: float) -> list[float]:
     """Of the query losses in an epoch from 0 on: equal at first, then less and less before the last, in ``epochs``.
 
     The released program goes on computing them after that, and no longer applies them.

@@ -36,7 +36,7 @@ def modgrad(
         rounds: how often theta' is made; twice the program's ``inner_step``. The last context is not used.
         learning_rate: alpha.
         context_dim: length of nu.
-        layers: convolutions whose weight and bias are adapted; all else is used as it is.
+        layers: convolutions whose weight and, where there is one, bias are adapted; all else is used as it is.
         second_order: whether the gradients stay differentiable; without it, they are constants.
         mixtures: parts that a mask is the weighted sum of.
         added: the new context is added to the old one; the released program sets it.
@@ -46,7 +46,8 @@ def modgrad(
         ``loss``; ``losses`` (support at theta, support of each round, query); ``support_logits`` alike;
         ``query_logits``; ``adapted``.
     """
-    moved = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    parts = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    moved = [name for name in parts if name in parameters]
     support_logits = [head(parameters, features(parameters, support_x, **network))]
     losses = [F.cross_entropy(support_logits[-1], support_y)]
     gradients = torch.autograd.grad(losses[-1], [parameters[name] for name in moved], create_graph=second_order)
@@ -60,7 +61,7 @@ def modgrad(
         losses.append(F.cross_entropy(support_logits[-1], support_y))
         if each < rounds - 1:
             (turn,) = torch.autograd.grad(losses[-1], nu, create_graph=second_order, retain_graph=True)
-            nu = nu - turn if added else -turn
+            nu = (nu - turn if added else -turn).requires_grad_()
     query_logits = head(theta, features(theta, query_x, **network))
     losses.append(F.cross_entropy(query_logits, query_y))
     return {

@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from cxgrad_fast.reference.alfa import alfa
+from cxgrad_fast.reference.anil import anil
+from cxgrad_fast.reference.boil import boil
+from cxgrad_fast.reference.cavia import cavia
 from cxgrad_fast.reference.cxgrad import cxgrad
+from cxgrad_fast.reference.l2f import l2f
 from cxgrad_fast.reference.maml import maml
+from cxgrad_fast.reference.mamlpp import mamlpp, step_weights
+from cxgrad_fast.reference.metasgd import metasgd
+from cxgrad_fast.reference.modgrad import modgrad
 from cxgrad_fast.reference.tasks import Episodes, Rule, over_tasks
 
 _CONTEXT = ("context_dim", "context_learning_rate", "context_update", "initial_context_order")
 # the algorithm's name -> its rule, and those of its settings that go by the same name there
 _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
-    "cxgrad": (cxgrad, _CONTEXT),
-    "fomaml": (maml, ()),
-    "maml": (maml, ()),
+    "alfa": (alfa, ("steps",)),
+    "anil": (anil, ("steps", "learning_rate", "joint")),
+    "boil": (boil, ("steps", "learning_rate", "head_learning_rate")),
+    "cavia": (cavia, ("steps", "context_dim")),
+    "cxgrad": (cxgrad, ("steps", "learning_rate", *_CONTEXT)),
+    "fomaml": (maml, ("steps", "learning_rate")),
+    "l2f": (l2f, ("steps", "learning_rate", "embedding_in_graph")),
+    "maml": (maml, ("steps", "learning_rate")),
+    "mamlpp": (mamlpp, ("steps",)),
+    "metasgd": (metasgd, ("steps",)),
+    "modgrad": (modgrad, ("learning_rate", "context_dim", "mixtures")),
 }
+_CONVOLUTIONS = 4  # of Conv-4
 
 
 class ReferenceLoss(NamedTuple):
@@ -30,7 +48,9 @@ class ReferenceLoss(NamedTuple):
     accuracy: Tensor
 
 
-def meta_loss(config: Any, parameters: Mapping[str, Tensor], episodes: Episodes) -> ReferenceLoss:
+def meta_loss(
+    config: Any, parameters: Mapping[str, Tensor], episodes: Episodes, iteration: int | None = None
+) -> ReferenceLoss:
     """The meta-loss that a Config asks for.
 
     Args:
@@ -38,10 +58,13 @@ def meta_loss(config: Any, parameters: Mapping[str, Tensor], episodes: Episodes)
             ``outer.reduction``.
         parameters: by our names, requiring gradients.
         episodes: ``T`` tasks.
+        iteration: of meta-training, counted from 0; None: after all phases.
     """
-    rule, settings = _of_config(config)
+    rule, settings = _of_config(config, iteration)
     found = over_tasks(rule, parameters, episodes, reduction=config.outer.reduction, **settings)
     losses = found["losses"]
+    if settings.get("query_weights"):  # a query pass behind every step
+        losses = torch.cat([losses[:, ::2], losses[:, -1:]], 1)
     correct = found["query_logits"].argmax(2) == episodes.query_y
     return ReferenceLoss(
         loss=found["loss"],
@@ -52,20 +75,30 @@ def meta_loss(config: Any, parameters: Mapping[str, Tensor], episodes: Episodes)
     )
 
 
-def _of_config(config: Any) -> tuple[Rule, dict[str, Any]]:
+def _of_config(config: Any, iteration: int | None) -> tuple[Rule, dict[str, Any]]:
     """The rule that a Config names, and its keywords."""
     model, inner = config.model, config.inner
-    settings = {
-        "steps": inner.steps,
-        "learning_rate": inner.learning_rate,
-        "second_order": inner.order == 2,
-        "backbone": model.backbone,
+    rule, own = _RULES[inner.algorithm]
+    settings = {name: getattr(inner, name) for name in own} | {
+        "second_order": inner.order == 2 and (iteration is None or iteration >= inner.first_order_iterations),
         "slope": model.slope,
         "eps": model.norm_eps,
         "norm": model.norm,
         "norm_groups": model.norm_groups,
+    }
+    if rule is cavia:  # a network of its own
+        modulated = {layer % _CONVOLUTIONS for layer in inner.layers}
+        context_in = [*(block in modulated for block in range(_CONVOLUTIONS)), inner.context_at_head]
+        return rule, settings | {"context_learning_rate": inner.learning_rate, "context_in": context_in}
+    if rule is modgrad:
+        layers = sorted({layer % _CONVOLUTIONS for layer in inner.layers})
+        settings |= {"rounds": inner.steps, "layers": [f"features.{layer}" for layer in layers]}
+    if rule is mamlpp:
+        is_early = iteration is not None and iteration < inner.multi_step_iterations
+        epoch, epochs = (iteration or 0) // inner.multi_step_epoch, inner.multi_step_iterations / inner.multi_step_epoch
+        settings["query_weights"] = step_weights(inner.steps, epoch, epochs) if is_early else None
+    return rule, settings | {
+        "backbone": model.backbone,
         "pool_last": model.pool_last,
         "pool_padding": model.pool_padding,
     }
-    rule, own = _RULES[inner.algorithm]
-    return rule, settings | {name: getattr(inner, name) for name in own}
