@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -76,10 +77,12 @@ def framework(
     return torch.stack(outputs)
 
 
-def second_order(output: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def second_order(
+    output: Tensor, tensors: list[Tensor], laid_out: Callable[[Tensor], Tensor] = lambda cotangent: cotangent
+) -> list[Tensor]:
     """First gradients under a random cotangent, then gradients of a random combination of those."""
     g = torch.Generator().manual_seed(9)
-    cotangent = torch.randn(output.shape, generator=g).double()
+    cotangent = laid_out(torch.randn(output.shape, generator=g).double())
     first = torch.autograd.grad(output, tensors, cotangent, create_graph=True)
     mixed = sum((v * torch.randn(v.shape, generator=g).double()).sum() for v in first)
     second = torch.autograd.grad(mixed, tensors, allow_unused=True, materialize_grads=True)
@@ -117,6 +120,52 @@ def test_gradgradcheck(slope: float) -> None:
     assert torch.autograd.gradgradcheck(lambda *a: conv_block(*a, slope=slope, pool=True), tensors)
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # of [T, S, C, H, W], the values stay
+    "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "channels_last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+    "image_major": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "image_major_channels_last": lambda x: x.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2),
+    "turned": lambda x: x.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0),
+    "slice": lambda x: torch.stack([x, torch.full_like(x, float("nan"))], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("side", "pool"), [(1, False), (2, False), (2, True), (3, True)])
+def test_finite_differences_of_one_image(side: int, pool: bool, layout: str) -> None:
+    """First and second derivatives, under an epsilon that is a number; this seed is away from ties and kinks."""
+    x, *rest, _ = inputs((2, 1, 2, 3, side, side, 3), seed=6)
+    tensors = [LAYOUTS[layout](x.detach()).requires_grad_(), *rest]
+
+    def block(*arguments: Tensor) -> Tensor:
+        return conv_block(*arguments, 0.1, slope=0.2, pool=pool)
+
+    assert torch.autograd.gradcheck(block, tensors)
+    assert torch.autograd.gradgradcheck(block, tensors)
+
+
+@pytest.mark.parametrize("number", [False, True], ids=["eps_of_a_task", "one_eps"])
+@pytest.mark.parametrize(("side", "pool"), [(1, False), (2, False), (2, True), (5, True)])
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_layouts_do_not_matter(tasks: int, images: int, side: int, pool: bool, number: bool) -> None:
+    """Neither those of the images nor those of a cotangent; the framework's batch norm fails at some of one image."""
+    x, *rest, eps = inputs((tasks, images, 2, 4, side, side, 3))
+    if number:
+        eps = torch.full((tasks,), 0.1, dtype=torch.float64)
+    else:
+        rest = [*rest, eps]
+    theirs = framework(x, *rest[:3], eps, 0.01, pool, "batch")
+    wanted = [theirs, *second_order(theirs, [x, *rest])]
+    for of_x, of_cotangent in itertools.product(LAYOUTS, LAYOUTS):
+        other = LAYOUTS[of_x](x.detach()).requires_grad_()
+        assert torch.equal(other, x)
+        ours = conv_block(other, *rest[:3], 0.1 if number else eps, slope=0.01, pool=pool)
+        found = [ours, *second_order(ours, [other, *rest], LAYOUTS[of_cotangent])]
+        for actual, expected in zip(found, wanted, strict=True):
+            assert (actual - expected).norm() <= 1e-11 * (1 + expected.norm()), (of_x, of_cotangent)
+
+
 @pytest.mark.parametrize("slope", [0.01, 0.0, None])
 @pytest.mark.parametrize("shape", ["one_task", "odd_size", "one_channel"])
 def test_first_layer_is_the_same_function(shape: str, slope: float | None) -> None:
@@ -136,12 +185,13 @@ def test_statistics_given_and_returned() -> None:
     conv = torch.stack([F.conv2d(a, w, padding=1) for a, w in zip(tensors[0], tensors[1], strict=True)])
     assert relative_error(mean, conv.mean((1, 3, 4))) < 1e-12
     assert relative_error(variance, conv.var((1, 3, 4), correction=0)) < 1e-12
+    assert not mean.requires_grad
+    assert not variance.requires_grad
     again = conv_block(*tensors, slope=0.01, pool=True, statistics=(mean, variance))
     assert relative_error(again, y) < 1e-13
     # given statistics are constants of the normalisation: an image does not see its neighbours
     x = tensors[0].detach()
-    pair = (mean.detach(), variance.detach())
-    alone = conv_block(x[:, :1], *tensors[1:], slope=0.01, pool=True, statistics=pair)
+    alone = conv_block(x[:, :1], *tensors[1:], slope=0.01, pool=True, statistics=(mean, variance))
     assert relative_error(alone, y[:, :1]) < 1e-13
     x = x.requires_grad_()
     _, (_, from_patches) = conv_block(
@@ -176,16 +226,6 @@ def test_slopes_at_the_kink_and_below() -> None:
         y = conv_block(x, weight, one, zero, 0.0, slope=slope, pool=False, statistics=(zero, one))
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert gradient.flatten().tolist() == expected
-
-
-def test_layouts_do_not_matter() -> None:
-    x, *rest = inputs(SHAPES["odd_size"])
-    expected = conv_block(x, *rest, slope=0.01, pool=True)
-    turned = x.detach().permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
-    channels_last = x.detach().permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    for other in (turned, channels_last):
-        assert not other.is_contiguous()
-        assert relative_error(conv_block(other, *rest, slope=0.01, pool=True), expected) < 1e-13
 
 
 def test_zero_tasks() -> None:
@@ -232,8 +272,6 @@ def test_refusals() -> None:
     x = tensors[0].detach()
     patches = patch_statistics(x)
     plain: dict[str, Any] = {"slope": 0.01, "pool": True}
-    with pytest.raises(ValueError, match="slope must not be negative"):
-        conv_block(*tensors, slope=-0.1, pool=True)
     with pytest.raises(ValueError, match="norm must be 'batch' or 'group', got 'instance'"):
         conv_block(*tensors, **plain, norm="instance")
     with pytest.raises(ValueError, match=r"groups \(=2\) must divide the output channels \(=5\)"):
@@ -259,11 +297,17 @@ def test_refusals() -> None:
     ),
     slope=st.sampled_from([0.0, 0.01, 0.3, None]),
     pool=st.booleans(),
+    number=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape(shape: tuple[int, ...], slope: float | None, pool: bool, seed: int) -> None:
-    tensors = inputs(shape, seed)
-    ours, theirs = conv_block(*tensors, slope=slope, pool=pool), framework(*tensors, slope, pool, "batch")
+def test_any_shape(shape: tuple[int, ...], slope: float | None, pool: bool, number: bool, seed: int) -> None:
+    *tensors, eps = inputs(shape, seed)
+    if number:
+        ours = conv_block(*tensors, 1e-2, slope=slope, pool=pool)
+        theirs = framework(*tensors, torch.full_like(eps, 1e-2), slope, pool, "batch")
+    else:
+        tensors = [*tensors, eps]
+        ours, theirs = conv_block(*tensors, slope=slope, pool=pool), framework(*tensors, slope, pool, "batch")
     assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
     for actual, expected in zip(second_order(ours, tensors), second_order(theirs, tensors), strict=True):
         assert (actual - expected).norm() <= 1e-8 * (1 + expected.norm())

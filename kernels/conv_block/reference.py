@@ -3,6 +3,9 @@
 Inside, tensors are image-major, ``[S, T, C, H, W]``, and channels-last in memory: there the tasks are the groups of one
 grouped convolution, pooling and statistics run along contiguous channels (the framework's pooling is 8 times as fast
 as on planes), and a chain of blocks needs no transposing copy, only views.
+
+The norms are plain arithmetic: the framework's batch norm has wrong gradients for one image in some memory layouts
+(docs/traps.md).
 """
 
 from __future__ import annotations
@@ -36,8 +39,6 @@ def conv_block(
         z, mean, variance = _first_layer(x, weight, scale, bias, _column(eps), *patch_statistics)
     elif norm == "group":
         z, mean, variance = _group_norm(_convolve(x, weight), scale, bias, _column(eps), groups)
-    elif statistics is None and not isinstance(eps, Tensor):
-        z, mean, variance = _framework_batch_norm(_convolve(x, weight), scale, bias, eps)
     else:
         z, mean, variance = _batch_norm(_convolve(x, weight), scale, bias, _column(eps), statistics)
     return _activate(z, slope, pool).transpose(0, 1), mean, variance
@@ -69,15 +70,6 @@ def _batch_norm(
     variance = centred.square().mean((0, 3, 4)) if statistics is None else statistics[1]
     k = torch.rsqrt(variance + eps) * scale
     return torch.addcmul(bias[..., None, None], centred, k[..., None, None]), mean, variance
-
-
-def _framework_batch_norm(y: Tensor, scale: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the framework's own layer, which wants one constant epsilon; its statistics carry no gradient."""
-    tasks, channels = y.shape[1:3]
-    g, b = (parameter.expand(tasks, channels).flatten() for parameter in (scale, bias))
-    z, mean, inverse = torch.native_batch_norm(y.flatten(1, 2), g, b, None, None, True, 0.0, eps)
-    variance = (inverse.square().reciprocal() - eps).clamp_min(0)
-    return z.unflatten(1, (tasks, channels)), mean.view(tasks, channels), variance.view(tasks, channels)
 
 
 def _group_norm(
@@ -127,9 +119,12 @@ def _activate(z: Tensor, slope: float | None, pool: bool) -> Tensor:
 def _no_tasks(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The empty output of no task, still a function of its inputs: the framework has no convolution of no group."""
+    """The empty output of no task; the framework has no convolution of no group.
+
+    A product of sums of nothing: a function of all inputs, and so is its gradient in each of them.
+    """
     (_, images, _, height, width), out = x.shape, weight.shape[1]
-    nothing = x.sum() + weight.sum() + scale.sum() * 0 + bias.sum() * 0
-    nothing = nothing + eps.sum() if isinstance(eps, Tensor) else nothing
+    nothing = x.sum() * weight.sum() * scale.expand(0, out).sum() * bias.expand(0, out).sum()
+    nothing = nothing * eps.sum() if isinstance(eps, Tensor) else nothing
     size = (height // 2, width // 2) if pool else (height, width)
     return nothing.expand(0, images, out, *size), nothing.expand(0, out), nothing.expand(0, out)
