@@ -22,11 +22,11 @@ inline Vec<T> rounded(Vec<T> value) {
   if constexpr (Dropped == 0 || !std::is_same_v<T, float>) {
     return value;
   } else {
-    Vec<int32_t> bits;
+    Vec<uint32_t> bits;
     std::memcpy(&bits, &value, sizeof bits);
     // TF32: ties away from zero, as cvt.rna has it; bfloat16: to even
-    bits += Dropped == 16 ? ((bits >> Dropped) & 1) + 0x7fff : Vec<int32_t>{} + (1 << (Dropped - 1));
-    bits &= -(1 << Dropped);
+    bits += Dropped == 16 ? ((bits >> Dropped) & 1u) + 0x7fffu : Vec<uint32_t>{} + (1u << (Dropped - 1));
+    bits &= -(1u << Dropped);
     Vec<T> out;
     std::memcpy(&out, &bits, sizeof out);
     return value == value ? out : value;  // the sum would carry a NaN into the sign

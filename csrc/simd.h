@@ -53,6 +53,10 @@ struct VecOf<int32_t> {
   typedef int32_t type __attribute__((vector_size(kVectorBytes)));
 };
 template <>
+struct VecOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
 struct VecOf<int64_t> {
   typedef int64_t type __attribute__((vector_size(kVectorBytes)));
 };

@@ -39,7 +39,7 @@ inline Vec<int32_t> bfloat16_bits(Vec<float> value) {
   const Vec<float> out = rounded<16, float>(value);
   Vec<int32_t> bits;
   std::memcpy(&bits, &out, sizeof bits);
-  return bits;
+  return bits | ((value != value) & (1 << 22));  // a NaN may have no other bit among the first 16
 }
 
 inline void to_bfloat16(const float* in, int64_t count, uint16_t* out) {

@@ -101,6 +101,10 @@ def test_bits_do_not_depend_on_threads_and_float64_is_not_touched(found: dict[st
     assert found["bits"] == []
 
 
+def test_what_is_not_a_number_stays_so(found: dict[str, Any]) -> None:
+    assert found["lost"] == []
+
+
 def test_a_tiny_cxgrad_trains_on_tiles(found: dict[str, Any]) -> None:
     losses, errors = found["training"]["losses"], found["training"]["errors"]
     assert losses["compiled"] == losses["tiles"]

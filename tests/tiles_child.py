@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from helpers import config_of, gradients, lengthen_weights, random_episodes, relative_error
+from not_numbers import BITS, lost
 from torch import Tensor
 
 from cxgrad_fast import Learner
 from cxgrad_fast.kernels import case_calls, conv_block, registration, use_precision
 from cxgrad_fast.kernels.cases import Case, inputs
+from cxgrad_fast.kernels.conv_block import cpp
 
 # whole tiles and less, one image and groups, rows of one pixel
 CASES = {
@@ -130,6 +132,15 @@ def different_bits(tiles: Tiles) -> list[str]:
     return changed + [f"float64 {key}" for key, value in one.items() if not value.equal(other[key])]
 
 
+def lost_not_numbers(tiles: Tiles) -> list[str]:
+    """The results that are numbers where a factor is a NaN, and its bits."""
+    tiles.use(True)
+    tiles.products()
+    found = [f"{name}, {bits:#x}" for bits in BITS for name in lost(cpp._chain("bfloat16"), bits)]
+    assert tiles.products() != 0
+    return found
+
+
 def training(tiles: Tiles) -> dict[str, Any]:
     """Losses of meta-steps by tiles, with --compile and without; error of the first meta-gradient."""
     settings = {"inner__steps": 1, "model__image_size": 16, "task__queries": 1, "task__ways": 3}
@@ -157,5 +168,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # and with it, fresh memory is NaN
     tiles = Tiles(sys.argv[1] if len(sys.argv) > 1 else None)
-    checks = {"convolutions": convolutions, "blocks": blocks, "bits": different_bits, "training": training}
+    checks = {
+        "convolutions": convolutions,
+        "blocks": blocks,
+        "bits": different_bits,
+        "lost": lost_not_numbers,
+        "training": training,
+    }
     print(json.dumps({name: check(tiles) for name, check in checks.items()}))

@@ -74,15 +74,27 @@ def store_narrowed(pointers, values, mask):
 
 @triton.jit
 def _tf32(values):
-    """The nearest number of 11 significant bits, which a TF32 operand holds exactly."""
+    """The nearest number of 11 significant bits, which a TF32 operand holds exactly; a NaN may become a number."""
     return ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded_to_tf32(values):
+    """The same for operands without a rest, which would be NaN: what is not finite becomes NaN.
+
+    0x7FFFFFFF, the NaN that NVIDIA's arithmetic makes, would become -0.0. A comparison with the value itself does as
+    well, and takes so many registers on sm_80 that a weight gradient has two programs instead of three.
+    """
+    return tl.fma(values, 0.0, _tf32(values))
 
 
 @triton.jit
 def _bfloat16(values):
     if INTERPRETED:  # which cuts the last bits off, and multiplies bit patterns
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        values = values.to(tl.float32)
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        return tl.where(values == values, rounded, values)
     return values.to(tl.bfloat16)
 
 
@@ -96,7 +108,7 @@ def add_product(total, a, b, b_rest, PRODUCTS: tl.constexpr):
         part = tl.dot(a_part, b_rest, part, input_precision="tf32")
         total += tl.dot(a_part, b, part, input_precision="tf32")
     elif PRODUCTS == "tf32":
-        total = tl.dot(_tf32(a), b, total, input_precision="tf32")
+        total = tl.dot(_rounded_to_tf32(a), b, total, input_precision="tf32")
     elif PRODUCTS == "bfloat16":
         total = tl.dot(_bfloat16(a), _bfloat16(b), total, input_precision="ieee")
     else:
@@ -138,8 +150,9 @@ def _pack(
     to = packed + task * (parts * ROWS * PADDED) + at
     if PRODUCTS == "tf32x3":
         tl.store(to + ROWS * PADDED, values - _tf32(values), mask=row < ROWS)
-    if PRODUCTS == "tf32x3" or PRODUCTS == "tf32":
         values = _tf32(values)
+    elif PRODUCTS == "tf32":
+        values = _rounded_to_tf32(values)
     elif PRODUCTS == "bfloat16":
         values = _bfloat16(values)
     tl.store(to, values.to(packed.dtype.element_ty), mask=row < ROWS)
@@ -472,9 +485,11 @@ def _weight_gradient(
         at = (row * COUT)[:, None] + channel[None, :]
         b = tl.load(dy + at, mask=inside[:, None] & (channel < COUT)[None, :], other=0.0)
         b_rest = b
-        if PRODUCTS == "tf32x3" or PRODUCTS == "tf32":
+        if PRODUCTS == "tf32x3":
             b_rest = b - _tf32(b)
             b = _tf32(b)
+        elif PRODUCTS == "tf32":
+            b = _rounded_to_tf32(b)
         total = add_product(total, a, b, b_rest, PRODUCTS)
 
     to = partials + (task * tl.num_programs(1) + part) * (taps * COUT)

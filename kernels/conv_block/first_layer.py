@@ -20,6 +20,7 @@ from torch import Tensor
 from cxgrad_fast.kernels import launch
 from cxgrad_fast.kernels.conv_block.convolution import (
     _bfloat16,
+    _rounded_to_tf32,
     _tf32,
     channels_last,
     empty_images,
@@ -167,9 +168,12 @@ def _moments(
 def _split(values, PRODUCTS: tl.constexpr):
     """An operand of :func:`_product`, in as many parts as it takes: the second is the first where it takes one."""
     rest = values
-    if PRODUCTS == "tf32x3" or PRODUCTS == "tf32":
+    if PRODUCTS == "tf32x3":
         rest = values - _tf32(values)
         values = _tf32(values)
+    elif PRODUCTS == "tf32":
+        values = _rounded_to_tf32(values)
+        rest = values
     elif PRODUCTS == "bfloat16":
         values = _bfloat16(values)
         rest = values
@@ -338,12 +342,11 @@ def forward(
     out, selected = (empty_images(x, outputs, *size) for _ in range(2))
     corners = empty_images(x, outputs, *size, torch.uint8)
     count = images * size[0] * size[1]
-    if count:
-        how = products(x.dtype, precision)
-        settings = _settings("first_layer_forward", how, count, inputs, outputs)
-        grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
-        layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-        _forward[grid](x, weight, table, out, selected, corners, count, *x.stride()[:2], **layer, **settings)
+    how = products(x.dtype, precision)
+    settings = _settings("first_layer_forward", how, count, inputs, outputs)
+    grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
+    layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
+    _forward[grid](x, weight, table, out, selected, corners, count, *x.stride()[:2], **layer, **settings)
     return out, x.new_empty(0), selected, corners, moments
 
 
@@ -606,13 +609,10 @@ def backward(
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         sparse = x.new_empty((tasks, 9 * inputs, outputs), dtype=torch.float64)
         sparse_parts = x.new_empty((tasks, parts, outputs, padded), dtype=kind)
-    if parts:
-        saved = (channels_last(selected), channels_last(corners))
-        grid = (parts, launch.divide(outputs, settings["BLOCK_C"]), tasks)
-        layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-        _reduce[grid](
-            channels_last(q), x, *saved, sums, sparse_parts, count, span, *x.stride()[:2], **layer, **settings
-        )
+    saved = (channels_last(selected), channels_last(corners))
+    grid = (parts, launch.divide(outputs, settings["BLOCK_C"]), tasks)
+    layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
+    _reduce[grid](channels_last(q), x, *saved, sums, sparse_parts, count, span, *x.stride()[:2], **layer, **settings)
     dscale, dbias, deps = x.new_empty((tasks, outputs)), x.new_empty((tasks, outputs)), x.new_empty(tasks)
     _finish[(1 + (launch.divide(outputs, 4) if need_weight else 0), tasks)](
         sums,
@@ -851,13 +851,12 @@ def double_backward(
     )
     q_gradient = empty_images(q, *q.shape[2:])
     count = images * (height // 2) * (width // 2)
-    if count:
-        how = products(x.dtype, precision)
-        settings = _settings("first_layer_second", how, count, inputs, outputs)
-        chosen = (channels_last(selected), channels_last(corners))
-        grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
-        layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-        _second[grid](x, on_weight, *chosen, table, q_gradient, count, *x.stride()[:2], **layer, **settings)
+    how = products(x.dtype, precision)
+    settings = _settings("first_layer_second", how, count, inputs, outputs)
+    chosen = (channels_last(selected), channels_last(corners))
+    grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
+    layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
+    _second[grid](x, on_weight, *chosen, table, q_gradient, count, *x.stride()[:2], **layer, **settings)
     if weight_gradient is None:
         weight_gradient = x.new_empty(0)
     return q_gradient, x.new_empty(0), weight_gradient, scale_gradient, eps_gradient, x.new_empty(0)
