@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "buffers.h"
@@ -19,6 +21,8 @@ namespace cxgrad {
 namespace {
 
 // --- checks: every message has the argument's name, what was expected and what came ---
+//
+// The public functions make those of the forward operators before, for all backends (kernels/checks.py).
 
 void check_like(const std::string& name, const at::Tensor& tensor, const std::string& other_name,
                 const at::Tensor& other) {
@@ -36,6 +40,25 @@ void check_shape(const std::string& name, const at::Tensor& tensor, at::IntArray
   TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " must be ", expected, " (", why, "), got ", tensor.sizes());
 }
 
+bool none_is_zero(at::IntArrayRef sizes) {
+  return std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; });
+}
+
+// [T, S, C, H, W], of which T alone may be 0, and pooling with a padding leaves something
+void check_images(const std::string& name, const at::Tensor& images, bool pool = false, int64_t padding = 0,
+                  const char* shape = "[T, S, C, H, W]") {
+  TORCH_CHECK_VALUE(images.dim() == 5, name, " must be ", shape, ", got ", images.sizes());
+  check_floating(name, images);
+  TORCH_CHECK_VALUE(none_is_zero(images.sizes().slice(1)), name, " must be ", shape,
+                    ", of which T alone may be 0, got ", images.sizes());
+  TORCH_CHECK_VALUE(!pool || std::min(images.size(3), images.size(4)) + 2 * padding >= 2, name,
+                    " must have H and W of at least 2 to be pooled, got ", images.sizes());
+}
+
+void check_slope(double slope) {
+  TORCH_CHECK_VALUE(slope >= 0 && std::isfinite(slope), "slope must be finite and not negative, got ", slope);
+}
+
 std::string entry(const char* list, size_t index) { return std::string(list) + "[" + std::to_string(index) + "]"; }
 
 // weights [T or 1, ...] of one precision
@@ -46,6 +69,8 @@ void check_weights(at::TensorList weights, int64_t tasks) {
     TORCH_CHECK_VALUE(weights[l].dim() > 0 && (weights[l].size(0) == tasks || weights[l].size(0) == 1),
                       entry("weights", l), " must be [", tasks, " or 1, ...] (T tasks), got ", weights[l].sizes());
     check_like(entry("weights", l), weights[l], "weights[0]", weights[0]);
+    TORCH_CHECK_VALUE(none_is_zero(weights[l].sizes().slice(1)), entry("weights", l),
+                      " must hold at least one value a task, got ", weights[l].sizes());
   }
 }
 
@@ -135,8 +160,7 @@ std::tuple<Tensors, Tensors, at::Tensor> checked_normalize_weights_double_backwa
 // --- patch_statistics ---
 
 std::tuple<at::Tensor, at::Tensor> checked_patch_statistics(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 5, "x must be [T, S, C, H, W], got ", x.sizes());
-  check_floating("x", x);
+  check_images("x", x);
   return patch_statistics(x);
 }
 
@@ -152,10 +176,7 @@ Precision precision_of(const std::string& name) {
 // what every derivative has of the forward operator's arguments
 void check_block(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, const Tensor& eps,
                  bool pool, const OptionalTensor& patch_mean, const OptionalTensor& patch_covariance) {
-  TORCH_CHECK_VALUE(x.dim() == 5, "x must be [T, S, Cin, H, W], got ", x.sizes());
-  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0,
-                    "x must be [T, S, Cin, H, W] with nothing but T zero, got ", x.sizes());
-  check_floating("x", x);
+  check_images("x", x, pool, 0, "[T, S, Cin, H, W]");
   const int64_t tasks = x.size(0), inputs = x.size(2);
   TORCH_CHECK_VALUE(weight.dim() == 5 && weight.size(0) == tasks && weight.size(2) == inputs &&
                         weight.size(3) == weight.size(4) && (weight.size(3) == 1 || weight.size(3) == 3),
@@ -204,7 +225,7 @@ auto checked_conv_block(const Tensor& x, const Tensor& weight, const Tensor& sca
                         const Tensor& eps, double slope, bool pool, const OptionalTensor& patch_mean,
                         const OptionalTensor& patch_covariance, const std::string& precision) {
   check_block(x, weight, scale, bias, eps, pool, patch_mean, patch_covariance);
-  TORCH_CHECK_VALUE(slope >= 0, "slope must not be negative, got ", slope);
+  check_slope(slope);
   return conv_block(x, weight, scale, bias, eps, slope, pool, patch_mean, patch_covariance, precision_of(precision));
 }
 
@@ -262,8 +283,7 @@ Tensor checked_conv_block_convolution(const Tensor& x, const Tensor& weight, con
 
 Tensor checked_conv_block_activation(const Tensor& y, const Tensor& scale, const Tensor& bias, const Tensor& eps,
                                      const Tensor& moments, double slope) {
-  TORCH_CHECK_VALUE(y.dim() == 5, "y must be [T, S, C, H, W], got ", y.sizes());
-  check_floating("y", y);
+  check_images("y", y);
   for (const auto& [name, tensor] : {std::pair{"scale", scale}, std::pair{"bias", bias}}) {
     check_shape(name, tensor, {y.size(0), y.size(2)}, "T and C from y");
     check_like(name, tensor, "y", y);
@@ -277,13 +297,8 @@ Tensor checked_conv_block_activation(const Tensor& y, const Tensor& scale, const
 
 // --- residual_end ---
 
-void check_images(const std::string& name, const Tensor& images) {
-  TORCH_CHECK_VALUE(images.dim() == 5, name, " must be [T, S, C, H, W], got ", images.sizes());
-  check_floating(name, images);
-}
-
 void check_end(double slope, int64_t padding) {
-  TORCH_CHECK_VALUE(slope >= 0, "slope must not be negative, got ", slope);
+  check_slope(slope);
   TORCH_CHECK_VALUE(padding == 0 || padding == 1, "padding must be 0 or 1, got ", padding);
 }
 
@@ -297,10 +312,10 @@ void check_codes(const Tensor& codes, const Tensor& like, int64_t height, int64_
 }
 
 auto checked_residual_end(const Tensor& x, const Tensor& shortcut, double slope, bool pool, int64_t padding) {
-  check_images("x", x);
+  check_end(slope, padding);
+  check_images("x", x, pool, padding);
   check_shape("shortcut", shortcut, x.sizes(), "like x");
   check_like("shortcut", shortcut, "x", x);
-  check_end(slope, padding);
   return residual_end(x, shortcut, slope, pool, padding);
 }
 
@@ -315,8 +330,8 @@ Tensor checked_residual_end_backward(const Tensor& q, const Tensor& codes, int64
 
 Tensor checked_residual_end_double_backward(const Tensor& cotangent, const Tensor& codes, double slope, bool pool,
                                             int64_t padding) {
-  check_images("cotangent", cotangent);
   check_end(slope, padding);
+  check_images("cotangent", cotangent, pool, padding);
   check_codes(codes, cotangent, cotangent.size(3), cotangent.size(4), pool, padding);
   return residual_end_double_backward(cotangent, codes, slope, pool, padding);
 }

@@ -3,9 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 
-#include <limits>
 #include <vector>
 
 #include "wide.h"
@@ -323,10 +321,6 @@ void patch_statistics(const at::Tensor& x, double* mean, double* covariance) {
 std::tuple<at::Tensor, at::Tensor> patch_statistics(const at::Tensor& x) {
   const int64_t tasks = x.size(0), length = 9 * x.size(2);
   const auto options = x.options().dtype(at::kDouble);
-  if (x.numel() == 0) {  // the mean of nothing
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    return {at::full({tasks, length}, nan, options), at::full({tasks, length, length}, nan, options)};
-  }
   at::Tensor mean = at::empty({tasks, length}, options), covariance = at::empty({tasks, length, length}, options);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "patch_statistics", [&] {
     patch_statistics<scalar_t>(x, mean.mutable_data_ptr<double>(), covariance.mutable_data_ptr<double>());

@@ -26,7 +26,8 @@ from cxgrad_fast.kernels import registration
 NAMES = ("reference", "cpp", "triton")
 
 _DEVICES = {"cpp": "cpu", "triton": "cuda"}  # of the fast backends, the best for each device
-_PRECISIONS = (torch.float32, torch.float64)  # that they have
+_PRECISIONS = (torch.float32, torch.float64)  # that they are chosen for
+_DTYPES = {"cpp": _PRECISIONS, "triton": (*_PRECISIONS, torch.bfloat16)}  # and that they have, if they are named
 
 _LEAST_CAPABILITY = 8
 _PRODUCTS = ("float32", "tf32", "bfloat16")
@@ -156,7 +157,7 @@ def choose(implementations: Collection[str], tensor: Tensor) -> str:
 
     Raises:
         InputError: ``CXGRAD_BACKEND`` names a backend that is unknown or cannot run here, or a named one does not run
-            on the tensor's device.
+            on the tensor's device or does not have its dtype.
     """
     name, setting = os.environ.get("CXGRAD_BACKEND", ""), "CXGRAD_BACKEND"
     if name:
@@ -168,7 +169,12 @@ def choose(implementations: Collection[str], tensor: Tensor) -> str:
         return _best(implementations, tensor)
     if _DEVICES.get(name, device) != device and not (name == "triton" and interpreting()):
         raise InputError(f"{setting} = {name} runs on {_DEVICES[name]}, got a tensor on {tensor.device}")
-    return name if name in implementations else "reference"
+    if name not in implementations:
+        return "reference"
+    if tensor.dtype not in (has := _DTYPES.get(name, (tensor.dtype,))):
+        kinds = ", ".join(str(dtype) for dtype in has)
+        raise InputError(f"{setting} = {name} computes in {kinds}, got {tensor.dtype}; the reference has any")
+    return name
 
 
 def _best(implementations: Collection[str], tensor: Tensor) -> str:

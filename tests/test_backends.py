@@ -46,6 +46,8 @@ def test_a_named_backend_leaves_the_rest_to_the_reference(monkeypatch: pytest.Mo
             assert backends.choose(("reference",), one) == "reference"
             with pytest.raises(InputError, match=f"{setting} = cpp runs on cpu, got a tensor on meta"):
                 backends.choose(("reference", "cpp"), one.to("meta"))
+            with pytest.raises(InputError, match=f"{setting} = cpp computes in .*float64, got torch.float16"):
+                backends.choose(("reference", "cpp"), one.half())
 
 
 def test_one_warning_where_there_is_no_fast_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -570,8 +570,9 @@ def shaped(*shape: int) -> Tensor:
     ("order", "change", "message"),
     [
         (0, {"x": shaped(2, 3, 3, 8)}, r"x must be \[T, S, Cin, H, W\], got \[2, 3, 3, 8\]"),
-        (0, {"x": shaped(2, 0, 3, 8, 8)}, r"x must be .* with nothing but T zero, got \[2, 0, 3, 8, 8\]"),
-        (0, {"x": shaped(2, 3, 3, 0, 8)}, r"x must be .* with nothing but T zero, got \[2, 3, 3, 0, 8\]"),
+        (0, {"x": shaped(2, 0, 3, 8, 8)}, r"x must be .*, of which T alone may be 0, got \[2, 0, 3, 8, 8\]"),
+        (0, {"x": shaped(2, 3, 3, 0, 8)}, r"x must be .*, of which T alone may be 0, got \[2, 3, 3, 0, 8\]"),
+        (0, {"x": shaped(2, 3, 3, 1, 8)}, r"x must have H and W of at least 2 to be pooled, got \[2, 3, 3, 1, 8\]"),
         (0, {"weight": shaped(2, 0, 3, 3, 3)}, r"weight must have an output channel, got \[2, 0, 3, 3, 3\]"),
         (0, {"x": shaped(2, 3, 3, 8, 8).half()}, "x must be Float or Double, got Half"),
         (
@@ -585,7 +586,7 @@ def shaped(*shape: int) -> Tensor:
         (0, {"bias": shaped(2, 3)}, r"bias must be \[2, 4\] \(T from x, Cout from weight\), got \[2, 3\]"),
         (0, {"bias": shaped(2, 4).float()}, "bias must be Double on cpu like x, got Float on cpu"),
         (0, {"eps": shaped(1)}, r"eps must be \[2\] \(T from x\), got \[1\]"),
-        (0, {"slope": -0.5}, "slope must not be negative, got -0.5"),
+        (0, {"slope": -0.5}, "slope must be finite and not negative, got -0.5"),
         (0, {"patch_mean": shaped(2, 27)}, "patch_mean and patch_covariance come together"),
         (
             0,

@@ -69,13 +69,6 @@ def test_float64_whatever_comes() -> None:
     assert patch_statistics(torch.rand(1, 2, 3, 4, 4)).covariance.dtype == torch.float64
 
 
-def test_no_images_have_no_statistics() -> None:
-    mean, covariance = patch_statistics(torch.rand(2, 0, 3, 4, 4))
-    assert mean.shape == (2, 27)
-    assert mean.isnan().all()
-    assert covariance.isnan().all()
-
-
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"x must be \[T, S, C, H, W\], got \[2, 3, 4, 4\]"):
         patch_statistics(torch.rand(2, 3, 4, 4))

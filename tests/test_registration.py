@@ -183,6 +183,7 @@ def test_readable_refusals() -> None:
         "weights[0] must be [3 or 1, ...] (T tasks), got [2, 3]": lambda: ops.scale_weights(w, torch.ones(3, 2)),
         "gammas must be Float on cpu like weights[0], got Double": lambda: ops.scale_weights(w, gammas.double()),
         "weights[0] must be Float or Double, got Half": lambda: ops.scale_weights([v.half() for v in w], gammas),
+        "weights[0] must hold at least one value a task, got [2, 0]": lambda: ops.normalize_weights([torch.ones(2, 0)]),
         "v[1] must be [2, 4, 5] (a scaled weight), got [1, 4, 5]": lambda: ops.scale_weights_backward(w, gammas, w),
         "v must hold 2 tensors (one a weight), got 1": lambda: ops.scale_weights_backward(w, gammas, w[:1]),
         "n must be [T, 2] (one a task and weight), got [2]": lambda: ops.normalize_weights_backward(w, w, gammas[0]),
@@ -191,7 +192,7 @@ def test_readable_refusals() -> None:
         "shortcut must be [1, 1, 1, 2, 2] (like x), got [1, 1, 1, 2, 3]": lambda: end(x, torch.ones(1, 1, 1, 2, 3)),
         "shortcut must be Float on cpu like x, got Double": lambda: end(x, x.double()),
         "padding must be 0 or 1, got 2": lambda: ops.residual_end(x, x, 0.1, True, 2),
-        "slope must not be negative, got -1": lambda: ops.residual_end(x, x, -1.0, True, 0),
+        "slope must be finite and not negative, got -1": lambda: ops.residual_end(x, x, -1.0, True, 0),
         "codes must be [1, 1, 1, 1, 1] (the forward operator's output), got [1, 1, 1, 2, 2]": lambda: (
             ops.residual_end_backward(x[..., :1, :1], x.byte(), 2, 2, 0.1, True, 0)
         ),

@@ -75,5 +75,3 @@ def test_refusals() -> None:
         ValueError, match=r"shortcut must be \[1, 2, 3, 4, 4\] \(the shape of x\), got \[1, 2, 3, 4, 5\]"
     ):
         residual_end(x, torch.zeros(1, 2, 3, 4, 5), slope=0.0, pool=True)
-    with pytest.raises(ValueError, match="slope must not be negative and padding must be 0 or 1"):
-        residual_end(x, x, slope=0.0, pool=True, padding=2)

@@ -95,7 +95,7 @@ def test_wrong_shapes() -> None:
         scale_weights([draw(3, 1), draw(3, 1)], draw(3, 1))
     with pytest.raises(ValueError, match=r"weights\[0\] must be \[3 or 1, 7\]"):
         scale_weights([draw(2, 7)], draw(3, 1))
-    with pytest.raises(ValueError, match=r"weights\[0\] must be torch.float64 on cpu like gammas, got torch.float32"):
+    with pytest.raises(ValueError, match=r"gammas must be torch.float32 on cpu like weights\[0\], got torch.float64"):
         scale_weights([draw(3, 7).float()], draw(3, 1))
     with pytest.raises(ValueError, match=r"weights\[1\] must be \[2 or 1, 7\]"):
         normalize_weights([draw(2, 3), draw(3, 7)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast.kernels import backends
-from cxgrad_fast.kernels.checks import check_like, check_shape
+from cxgrad_fast.kernels.checks import check_images, check_like, check_shape, check_slope
 from cxgrad_fast.kernels.conv_block import cpp, reference
 
 _IMPLEMENTATIONS = {
@@ -72,20 +72,21 @@ def conv_block(
     """Convolution (stride 1, same padding, no bias) -> norm -> LeakyReLU -> 2x2 max-pool (MATH.md 1).
 
     Args:
-        x: ``[T, S, Cin, H, W]``, the images of each task.
+        x: ``[T, S, Cin, H, W]``, the images of each task. T may be 0, no other size.
         weight: ``[T, Cout, Cin, k, k]``, k 1 or 3.
         scale: ``[T or 1, Cout]``, of the norm's affine part.
         bias: ``[T or 1, Cout]``.
         eps: ``[T]``, the norm's epsilon, differentiable; or one number for all tasks, a constant.
-        slope: of LeakyReLU, not negative; 0 is ReLU, None no activation.
-        pool: whether to pool; ties go to the first position in row-major order.
+        slope: of LeakyReLU, finite and not negative; 0 is ReLU, None no activation.
+        pool: whether to pool, for H and W of at least 2; ties go to the first position in row-major order.
         patch_statistics: of ``x`` (:func:`patch_statistics`), for the first layer: batch norm without reading the
-            convolution back. Needs 3x3, pool, batch norm, and an ``x`` that requires no gradient.
+            convolution back. Needs 3x3, pool, batch norm, and an ``x`` that requires no gradient; is a constant itself.
         norm: ``batch`` takes mean and biased variance over (S, H, W) of each task and channel; ``group`` over
             (channels of a group, H, W) of each image.
         groups: of ``norm="group"``; 1 is LayerNorm over (C, H, W) with an affine part a channel.
         statistics: ``(mean, variance)``, each ``[T or 1, Cout]``, to normalise with instead of the batch's own.
-        return_statistics: also return ``(mean, variance)``, ``[T, Cout]``, that were used (batch norm only).
+        return_statistics: also return ``(mean, variance)``, ``[T, Cout]``, that were used, without their gradients
+            (batch norm only).
 
     Returns:
         ``[T, S, Cout, H // 2, W // 2]``, or ``[T, S, Cout, H, W]`` without pool.
@@ -93,12 +94,14 @@ def conv_block(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit together (name, expected, got).
     """
-    check_shape("x", x, ["T", "S", "Cin", "H", "W"])
+    check_images("x", x, channels="Cin", pool=pool)
     tasks, _, channels = x.shape[:3]
     check_shape("weight", weight, [tasks, "Cout", channels, (1, 3), (1, 3)], "T and Cin from x")
     out, size = weight.shape[1], weight.shape[3]
     if weight.shape[4] != size:
         raise ValueError(f"weight must have a square kernel, got {list(weight.shape)}")
+    if not out:
+        raise ValueError(f"weight must have at least one output channel, got {list(weight.shape)}")
     for name, tensor in (("scale", scale), ("bias", bias), *zip(("mean", "variance"), statistics or (), strict=False)):
         check_shape(name, tensor, [(tasks, 1), out], "T from x or 1, Cout from weight")
         check_like(name, tensor, "x", x)
@@ -106,8 +109,8 @@ def conv_block(
     if isinstance(eps, Tensor):
         check_shape("eps", eps, [tasks], "T from x")
         check_like("eps", eps, "x", x)
-    if slope is not None and slope < 0:
-        raise ValueError(f"slope must not be negative (pooling would not commute with the activation), got {slope}")
+    if slope is not None:
+        check_slope(slope)
     if norm not in ("batch", "group"):
         raise ValueError(f"norm must be 'batch' or 'group', got '{norm}'")
     if norm == "group" and (groups < 1 or out % groups):
@@ -129,7 +132,7 @@ def conv_block(
         groups=groups,
         statistics=statistics,
     )
-    return (y, (mean, variance)) if return_statistics else y
+    return (y, (mean.detach(), variance.detach())) if return_statistics else y
 
 
 def _check_first_layer(
@@ -156,3 +159,7 @@ def _check_first_layer(
     check_shape("patch covariance", covariance, [len(x), length, length], "T from x, 9 Cin")
     if mean.dtype != torch.float64 or covariance.dtype != torch.float64:
         raise ValueError(f"patch statistics must be float64, got {mean.dtype} and {covariance.dtype}")
+    if mean.device != x.device or covariance.device != x.device:
+        raise ValueError(f"patch statistics must be on {x.device} like x, got {mean.device} and {covariance.device}")
+    if mean.requires_grad or covariance.requires_grad:
+        raise ValueError("patch statistics must not require a gradient: they are constants of an image set")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast.kernels.normalize_weights.chain import Chain
+from cxgrad_fast.kernels.normalize_weights.reference import tasks_of
 from cxgrad_fast.kernels.registration import launcher, operator
 
 
@@ -16,8 +17,7 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _fake(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    tasks = next((weight.shape[0] for weight in weights if weight.shape[0] != 1), 1)
-    return _like(weights), weights[0].new_empty((tasks, len(weights)))
+    return _like(weights), weights[0].new_empty((tasks_of(weights), len(weights)))
 
 
 @operator(fake=_fake)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cxgrad_fast.kernels import backends
-from cxgrad_fast.kernels.checks import check_like, check_shape
+from cxgrad_fast.kernels.checks import check_weights
 from cxgrad_fast.kernels.normalize_weights import cpp, reference
 
 _IMPLEMENTATIONS = {
@@ -24,18 +24,15 @@ def normalize_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     the norm of epsilon ``e / gamma**2`` (MATH.md 3), whose gradient in gamma does not cancel.
 
     Args:
-        weights: one tensor a layer, ``[T or 1, ...]``, at least one.
+        weights: one tensor a layer, ``[T or 1, ...]``, at least one. Nothing is finite of one whose norm is zero in
+            float64: float32 weights of zeros, float64 ones below about 1e-154.
 
     Returns:
         The unit weights, each in its own shape, and the norms ``[T, L]``. Differentiable in the weights.
 
     Raises:
-        ValueError: no weights, or shapes, dtypes or devices that do not fit (name, expected, got).
+        ValueError: no weights, a weight without values, or shapes, dtypes or devices that do not fit (name, expected,
+            got).
     """
-    if not weights:
-        raise ValueError("weights must hold at least one tensor, got none")
-    tasks = next((len(weight) for weight in weights if len(weight) != 1), 1)
-    for layer, weight in enumerate(weights):
-        check_shape(f"weights[{layer}]", weight, [(tasks, 1), *weight.shape[1:]], "T tasks, or 1")
-        check_like(f"weights[{layer}]", weight, "weights[0]", weights[0])
+    check_weights(weights, reference.tasks_of(weights))
     return _IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, weights[0])](weights)

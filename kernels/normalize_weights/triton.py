@@ -11,12 +11,8 @@ from cxgrad_fast.kernels.normalize_weights.chain import Chain
 from cxgrad_fast.kernels.scale_weights.triton import combine
 
 
-def _tasks(weights: Sequence[Tensor]) -> int:
-    return next((len(weight) for weight in weights if len(weight) != 1), 1)
-
-
 def _forward(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    found = combine(weights, _tasks(weights))
+    found = combine(weights, reference.tasks_of(weights))
     return found.out, found.numbers
 
 
@@ -36,4 +32,4 @@ chain = Chain(forward=_forward, backward=_backward, double_backward=_double_back
 
 def normalize_weights(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """``w / |w|`` and ``|w|``; see :func:`cxgrad_fast.kernels.normalize_weights`. No task is left to the definition."""
-    return chain.apply(weights) if _tasks(weights) else reference.normalize_weights(weights)
+    return chain.apply(weights) if reference.tasks_of(weights) else reference.normalize_weights(weights)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cxgrad_fast.kernels import backends
-from cxgrad_fast.kernels.checks import check_shape
+from cxgrad_fast.kernels.checks import check_images
 from cxgrad_fast.kernels.patch_statistics import cpp, reference
 
 _IMPLEMENTATIONS = {
@@ -31,16 +31,16 @@ def patch_statistics(x: Tensor) -> PatchStatistics:
     the weights: compute them once per image set, use them in every pass (``conv_block(..., patch_statistics=...)``).
 
     Args:
-        x: ``[T, S, C, H, W]`` floating point, not requiring a gradient.
+        x: ``[T, S, C, H, W]`` floating point, not requiring a gradient. T may be 0, no other size.
 
     Returns:
         float64 whatever ``x`` is: the variance of a high-pass filter on a smooth image is a thousandth of the
         covariance's scale. A patch is ordered (C, row, column), as a flattened weight is.
 
     Raises:
-        ValueError: wrong shape, or ``x`` requires a gradient (the statistics carry none).
+        ValueError: wrong shape or dtype, or ``x`` requires a gradient (the statistics carry none).
     """
-    check_shape("x", x, ["T", "S", "C", "H", "W"])
+    check_images("x", x)
     if x.requires_grad:
         raise ValueError("x must not require a gradient: patch statistics are constants of an image set")
     return PatchStatistics(*_IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, x)](x))

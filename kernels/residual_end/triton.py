@@ -22,7 +22,7 @@ from cxgrad_fast.kernels.residual_end.chain import Chain
 
 def residual_end(x: Tensor, shortcut: Tensor, *, slope: float, pool: bool, padding: int) -> Tensor:
     """As the definition; no task is left to it."""
-    if not x.numel():
+    if not len(x):
         return reference.residual_end(x, shortcut, slope=slope, pool=pool, padding=padding)
     return _CHAIN.end(x, shortcut, slope=slope, pool=pool, padding=padding)
 
@@ -169,9 +169,8 @@ def _forward_of(x: Tensor, shortcut: Tensor, slope: float, pool: bool, padding: 
     pooled = _pooled((height, width), pool, padding)
     out = empty_images(x, x.shape[2], *pooled)
     codes = empty_images(x, x.shape[2], *pooled, torch.uint8)
-    if out.numel():
-        grid, options = _launched("forward", out, (height, width), slope, pool, padding)
-        _forward[grid](channels_last(x), channels_last(shortcut), out, codes, **options)
+    grid, options = _launched("forward", out, (height, width), slope, pool, padding)
+    _forward[grid](channels_last(x), channels_last(shortcut), out, codes, **options)
     return out, codes
 
 
@@ -187,9 +186,8 @@ def _double_backward_of(cotangent: Tensor, codes: Tensor, slope: float, pool: bo
     """The gradient of q."""
     height, width = cotangent.shape[3:]
     out = empty_images(cotangent, *codes.shape[2:])
-    if out.numel():
-        grid, options = _launched("double_backward", out, (height, width), slope, pool, padding)
-        _double_backward[grid](channels_last(cotangent), channels_last(codes), out, **options)
+    grid, options = _launched("double_backward", out, (height, width), slope, pool, padding)
+    _double_backward[grid](channels_last(cotangent), channels_last(codes), out, **options)
     return out
 
 

@@ -13,7 +13,8 @@ weight of one task (or the shared one), or what has its shape. With N = |w|, u =
 All layers and tasks are one launch: a program sums its row, and makes one part of the results. Every program of a row
 sums all of it, each for itself and in the same order: reading 80 KiB again is faster than to wait for another program.
 Where rows are long, or a weight is shared by tasks that each have a v, blocks are summed by a launch before. The inner
-products are float64, in which those of float32 numbers are exact; the combinations have the weights' own precision.
+products are float64, in which those of float32 numbers are exact; the combinations have the weights' own precision, in
+which powers of two keep the factors of rows near their norm.
 """
 
 from __future__ import annotations
@@ -85,6 +86,14 @@ def _coefficients(ww, wv, wa, av, f, c, n):
     s, t, h = wv / norm, wa / norm, f / norm
     m, o = (c - h * t) / norm, (n - h * s) / norm
     return norm, s, t, av, h, m, o, -(h * (av - 3 * s * t) + c * s + n * t) / ww
+
+
+@triton.jit
+def _powers_of_two(norm):
+    """One near 1 / norm and its inverse, float32: they round nothing, and a row times the first is about one."""
+    exponent = ((norm.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1023
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True), ((127 + exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -233,12 +242,15 @@ def _combine(
         at = block * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), precision)
         of_w, of_a = zero, zero
+        power = tl.full((), 1.0, tl.float32)  # that w is multiplied by, and its factors are by the inverse
+        inverse = power
         for use in range(first_use, last_use):
             if SUMMED:
                 parts = partials + use * (PRODUCTS * BLOCKS) + start
                 ww, wv, wa, av = _sums_of_blocks(parts, tl.cdiv(size, BLOCK), BLOCKS, ORDER, LONGEST)
             given = _given(factors, c, n, use, tasks, layer, columns, shared, ORDER, NORMALIZE, TASKS)
             norm, s, t, q, h, m, o, k = _coefficients(ww, wv, wa, av, given[0], given[1], given[2])
+            power, inverse = _powers_of_two(norm)
             number = norm if ORDER == 0 else s
             if ORDER > 1:
                 number = t if NORMALIZE else (q - s * t) / norm
@@ -255,11 +267,11 @@ def _combine(
             if ORDER > 1:
                 of_a += o
                 gradient = h.to(precision) * _load(a_row, at, size_here, precision)
-                gradient += m.to(precision) * _load(w, at, size_here, precision)
+                gradient += (m * inverse).to(precision) * (_load(w, at, size_here, precision) * power)
                 tl.store(v_to + v_row + at, gradient.to(v_to.dtype.element_ty), mask=at < size_here)
         if ORDER > 1:
             total += of_a.to(precision) * _load(a_row, at, size_here, precision)
-        total += of_w.to(precision) * _load(w, at, size_here, precision)
+        total += (of_w * inverse).to(precision) * (_load(w, at, size_here, precision) * power)
         tl.store(to + at, total.to(to.dtype.element_ty), mask=at < size_here)
 
 
