@@ -130,7 +130,12 @@ void first_forward(const FirstLayer& layer, const T* image, const T* weights, co
 // of one window, every channel's value at its own corner
 template <class T>
 inline Vec<T> at_corners(const T* pixels, Vec<Integer<T>> corners) {
-  return __builtin_shuffle(load(pixels), corners);
+#ifndef __clang__  // which shuffles by constants alone
+  if constexpr (kWidth<T> >= 4) return __builtin_shuffle(load(pixels), corners);
+#endif
+  const Vec<T> upper = corners == Integer<T>(0) ? broadcast(pixels[0]) : broadcast(pixels[1]);
+  const Vec<T> lower = corners == Integer<T>(2) ? broadcast(pixels[2]) : broadcast(pixels[3]);
+  return corners < Integer<T>(2) ? upper : lower;
 }
 
 inline constexpr int kInputsAtOnce = 3;  // their 27 sums fit the registers of AVX-512

@@ -106,6 +106,20 @@ inline __attribute__((always_inline)) void unrolled(const F& f) {
 }
 #define CXGRAD_INLINE __attribute__((always_inline))
 
+// element i is number lane(i) of `first` and `second` in a row; `lane` is a constant function
+template <class F, int... I>
+inline Vec<int32_t> shuffled(std::integer_sequence<int, I...>, Vec<int32_t> first, Vec<int32_t> second, F lane) {
+#ifdef __clang__
+  return __builtin_shufflevector(first, second, lane(I)...);
+#else
+  return __builtin_shuffle(first, second, Vec<int32_t>{lane(I)...});
+#endif
+}
+template <class F>
+inline Vec<int32_t> shuffled(Vec<int32_t> first, Vec<int32_t> second, F lane) {
+  return shuffled(std::make_integer_sequence<int, kWidth<int32_t>>(), first, second, lane);
+}
+
 inline constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

@@ -118,16 +118,14 @@ inline void transpose_block(const uint32_t* in, int64_t in_row, uint32_t* out, i
   unrolled<W>([&](auto i) CXGRAD_INLINE { std::memcpy(&rows[i], in + i * in_row, sizeof rows[i]); });
   // exchange the off-diagonal halves of blocks of 2, 4, ... rows
   auto exchange = [&](auto step) CXGRAD_INLINE {
-    Vec<int32_t> above{}, below{};
-    for (int lane = 0; lane < W; ++lane) {
-      above[lane] = lane & step ? W + lane - step : lane;
-      below[lane] = lane & step ? W + lane : lane + step;
-    }
+    constexpr int kStep = step;
+    constexpr auto above = [](int lane) { return lane & kStep ? W + lane - kStep : lane; };
+    constexpr auto below = [](int lane) { return lane & kStep ? W + lane : lane + kStep; };
     unrolled<W>([&](auto i) CXGRAD_INLINE {
-      if constexpr ((i & step) == 0) {
+      if constexpr ((i & kStep) == 0 && i + kStep < W) {
         const Vec<int32_t> first = rows[i], second = rows[i + step];
-        rows[i] = __builtin_shuffle(first, second, above);
-        rows[i + step] = __builtin_shuffle(first, second, below);
+        rows[i] = shuffled(first, second, above);
+        rows[i + step] = shuffled(first, second, below);
       }
     });
   };

@@ -54,7 +54,7 @@ STALE = 24 * 3600  # seconds after which such a folder is nobody's, where no loc
 
 _OPTIMISED = ("-O3", "-ffp-contract=fast")
 _SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
-_COMMON = ("-std=c++17", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+_COMMON = ("-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 _LEVELS = {  # what the CPU must name for a target of our documentation
     "x86-64-v3": {"avx2", "fma", "bmi2"},
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
