@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import OperatorCalls, assert_bits_repeat, relative_error, require_cpp
+from helpers import OperatorCalls, assert_bits_repeat, opcheck, relative_error, require_cpp
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -337,7 +337,7 @@ def test_opcheck(name: str) -> None:
     assert {func._schema.name for func in samples} == {f"cxgrad_fast::{name}" for name in NAMES}
     for func, args in samples.items():
         last = func is ops.conv_block_double_backward.default  # it has no derivative to compare
-        torch.library.opcheck(func, tree_map_only(Tensor, Tensor.detach if last else again, args))
+        opcheck(func, tree_map_only(Tensor, Tensor.detach if last else again, args))
 
 
 FAKED = [*PARTS, "one_channel", "one_task", "smallest", "one_pixel", "strided", "zero_tasks", "first_layer_grey"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OperatorCalls, assert_bits_repeat, relative_error
+from helpers import OperatorCalls, assert_bits_repeat, opcheck, relative_error
 from torch import Tensor
 
 from cxgrad_fast.kernels import backends, registration, use_backend
@@ -104,7 +104,7 @@ def test_opcheck(operator: str) -> None:
     for name, (function, args) in calls.last.items():
         # the last one has no derivative to compare
         prepare = torch.Tensor.detach if name.endswith("double_backward") or operator == "patch_statistics" else leaf
-        torch.library.opcheck(function, mapped(prepare, args))
+        opcheck(function, mapped(prepare, args))
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import OperatorCalls, assert_bits_repeat, require_cpp
+from helpers import OperatorCalls, assert_bits_repeat, opcheck, require_cpp
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -308,7 +308,7 @@ def test_opcheck(kind: str) -> None:
     assert calls.names() == NAMES
     for func, args in calls.calls:
         last = func is ops.residual_end_double_backward.default  # it has no derivative to compare
-        torch.library.opcheck(func, tree_map_only(Tensor, Tensor.detach if last else again, args))
+        opcheck(func, tree_map_only(Tensor, Tensor.detach if last else again, args))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name_of)
