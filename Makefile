@@ -1,15 +1,19 @@
 # Every verb sets up what it needs (a virtual environment in .venv), then does it.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's options for versions; test-newest has its own
+VERSIONS := -c constraints.txt
 # options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
 ARGS ?=
 
-.PHONY: help setup train test test-sanitize lint precision compare compare-precisions roofline bench bench-full bench-report bench-compare
+.PHONY: help setup train test test-newest test-sanitize lint precision compare compare-precisions roofline bench bench-full bench-report bench-compare
 .PHONY: bench-operators bench-peers contact-sheet clean
 
 help:
 	@echo "make train            meta-train CxGrad on glyphs, test it (ARGS=\"--inner.algorithm maml\" for MAML)"
 	@echo "make test             all tests;  make lint: ruff and mypy"
+	@echo "make test-newest      the same with pip's newest torch, triton and numpy, in .venv-newest"
 	@echo "make test-sanitize    the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compare          the README's table: CxGrad and MAML, 1 and 5 shots"
 	@echo "make precision        errors of dL/dnu and dL/dw in every precision, against float64"
@@ -22,12 +26,12 @@ help:
 	@echo "make bench-operators  time of every operator, small cases"
 	@echo "make contact-sheet    docs/contact_sheet.png"
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(VERSIONS) setuptools
+	$(BIN)/python -m pip install -q $(VERSIONS) --no-build-isolation -e '.[test]'
 	touch $@
 
 train: setup
@@ -36,6 +40,14 @@ train: setup
 # a process a core, each with one thread: two threads each would wait for each other; files in the order of conftest.py
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Versions are looked up at every call. PIP_CONSTRAINT: pip's configuration may cap them too, and takes no empty value.
+NEWEST := VENV=.venv-newest VERSIONS="--upgrade --upgrade-strategy eager"
+test-newest:
+	rm -f .venv-newest/installed
+	PIP_CONSTRAINT=/dev/null $(MAKE) setup $(NEWEST)
+	.venv-newest/bin/python -m cxgrad_fast.info
+	$(MAKE) test $(NEWEST)
 
 # The runtimes come first in the process, which python itself was not built with; what it leaks is not ours to find.
 SANITIZE := CXGRAD_SANITIZE=address,undefined
@@ -93,4 +105,4 @@ contact-sheet: setup
 	$(BIN)/python bench/contact_sheet.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -62,3 +62,19 @@ def test_importable_from_anywhere(tmp_path: Path) -> None:
     script = "from cxgrad_fast.kernels.conv_block import reference as r; print(r.__name__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "cxgrad_fast.kernels.conv_block.reference"
+
+
+def test_the_newest_versions_have_an_environment_of_their_own() -> None:
+    """What ``make test-newest`` would do: pip without a cap on versions, then the recipe of ``make test``."""
+    shown = [
+        subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for words in (["test-newest", "ARGS=-x"], ["-W", "setup.py", "setup"])
+    ]
+    assert "PIP_CONSTRAINT=/dev/null" in shown[0]
+    assert (
+        ".venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager --no-build-isolation" in shown[0]
+    )
+    assert "OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile" in shown[0]
+    assert shown[0].count(" -x\n") == 1
+    assert "constraints.txt" not in shown[0]
+    assert ".venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation" in shown[1]
