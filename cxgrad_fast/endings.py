@@ -42,6 +42,8 @@ def step_left(session: Session, run: Run, signum: int) -> int:
     if is_saved:
         _save(session, run)
     ending = ending_of(session.ranks, signum, session.ranks.notes.ended())
+    if session.ranks.is_first and sys.stderr.isatty():
+        print(file=sys.stderr)  # the main thread's progress bar stands there
     _tell(session, run, ending, is_saved, ", without what was under way")
     return ending.code
 
