@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import config_of
 from tiny_runs import train, words
 
@@ -26,7 +27,8 @@ FILES = {"config.toml", "latest.pt", "metrics.csv", "source.txt", "tensorboard"}
 @pytest.fixture(scope="module")
 def start() -> Checkpoint:
     config = config_of(model__image_size=16)
-    return Checkpoint(config=config, state=Learner(config).state_dict(), source="a commit")
+    rng = {"cpu": torch.get_rng_state()}
+    return Checkpoint(config=config, state=Learner(config).state_dict(), rng=rng, source="a commit")
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, module: object, name: str, act: Callable[[], None]) -> list[int]:
