@@ -8,7 +8,7 @@ import sys
 
 from cxgrad_fast.checkpoints import read_checkpoint
 from cxgrad_fast.config import InputError
-from cxgrad_fast.engine import RankLostError
+from cxgrad_fast.engine import NonFiniteError, RankLostError
 from cxgrad_fast.launched import Ending, ending_of
 from cxgrad_fast.runs import LATEST, Run, draw_curves
 from cxgrad_fast.session import Session
@@ -17,8 +17,8 @@ from cxgrad_fast.signals import Interrupted, Signals
 
 def interrupted(session: Session, run: Run, stop: Interrupted) -> int:
     """In the main thread of each rank, after the same step; the exit code."""
-    _save(session, run)
-    _tell(session, run, Ending(stop.exit_code, signal=str(stop)))
+    is_saved = _save(session, run)
+    _tell(session, run, Ending(stop.exit_code, signal=str(stop)), is_saved)
     if session.ranks.is_first:
         draw_curves(run.folder)
     return stop.exit_code
@@ -28,9 +28,9 @@ def rank_lost(session: Session, run: Run, signals: Signals, error: RankLostError
     """In the main thread of a rank that lives; the exit code."""
     signals.stop_watching()
     session.ranks.give_up()
-    _save(session, run)  # before anything is waited for
+    is_saved = _save(session, run)  # before anything is waited for
     ending = ending_of(session.ranks, signals.received, session.ranks.notes.lost(), str(error))
-    _tell(session, run, ending)
+    _tell(session, run, ending, is_saved)
     if session.learner.device.type == "cuda":
         os._exit(ending.code)  # where NCCL waits for the dead, leaving would too
     return ending.code
@@ -38,9 +38,8 @@ def rank_lost(session: Session, run: Run, signals: Signals, error: RankLostError
 
 def step_left(session: Session, run: Run, signum: int) -> int:
     """In the thread that watches, while the main thread computes a step or waits for the dead; the exit code."""
-    is_saved = session.learner.device.type == "cpu"  # a device that waits for the dead does not answer
-    if is_saved:
-        _save(session, run)
+    # a device that waits for the dead does not answer
+    is_saved = session.learner.device.type == "cpu" and _save(session, run)
     ending = ending_of(session.ranks, signum, session.ranks.notes.ended())
     if session.ranks.is_first and sys.stderr.isatty():
         print(file=sys.stderr)  # the main thread's progress bar stands there
@@ -48,12 +47,17 @@ def step_left(session: Session, run: Run, signum: int) -> int:
     return ending.code
 
 
-def _save(session: Session, run: Run) -> None:
+def _save(session: Session, run: Run) -> bool:
+    """Whether the session is in latest.pt now: where a weight is not finite, what stands there is better."""
     if run.saved != (session.iteration, session.validated):  # disks may be slow, and torchrun kills after 30 s
-        run.save(session.checkpoint())
+        try:
+            run.save(session.checkpoint())
+        except NonFiniteError:
+            return False
+    return True
 
 
-def _tell(session: Session, run: Run, ending: Ending, is_saved: bool = True, left_out: str = "") -> None:
+def _tell(session: Session, run: Run, ending: Ending, is_saved: bool, left_out: str = "") -> None:
     """One line, from the rank that is to tell."""
     latest, go_on = run.folder / LATEST, f"go on with: {_go_on(session, run)}"
     if ending.lost:

@@ -21,7 +21,7 @@ from cxgrad_fast.data import open_pool
 from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.launched import on_ranks
-from cxgrad_fast.learner import Learner
+from cxgrad_fast.learner import Learner, NonFiniteError
 from cxgrad_fast.runs import best_files
 from cxgrad_fast.signals import Signals
 from cxgrad_fast.torch_files import read_torch_file
@@ -118,8 +118,11 @@ def predict_tasks(
         labels ``[tasks, N*Q]``, both on the CPU.
 
     Raises:
+        NonFiniteError: a parameter of a model or an answer is not finite; on all ranks.
         RankLostError: a rank did not take part.
     """
+    for learner in learners:  # on a rank without tasks too
+        learner.check_finite()
     logits, labels = [], []
     for start in range(0, tasks, tasks_per_batch * ranks.size):
         count = min(tasks_per_batch * ranks.size, tasks - start)
@@ -132,6 +135,12 @@ def predict_tasks(
         found = [outputs, episodes.query_y.cpu()]
         if ranks.size > 1:
             found = ranks.total(ranks.rows([outputs.double(), found[1]], own, count))
+        finite = found[0].flatten(1).isfinite().all(1)
+        if not finite.all():
+            task = start + finite.tolist().index(False)
+            raise NonFiniteError(
+                f"the logits of task {task} of {sampler.pool.source}, split '{sampler.pool.split}', are not finite"
+            )
         logits.append(found[0])
         labels.append(found[1])
         report(start + count)
@@ -147,6 +156,8 @@ def _main(argv: Sequence[str] | None, ranks: Ranks, signals: Signals) -> int:
     options, settings = ranks.together(lambda: _parser().parse(argv))
     settings |= _shortcuts(options)
     config, learners, models, sampler = ranks.in_turn(lambda: _opened(options, settings, ranks))
+    for learner, name in zip(learners, models, strict=True):
+        learner.check_finite(f"'{name}'")
     tasks = config.evaluation.test_tasks
     progress = Progress("test tasks", tasks, is_shown=ranks.is_first)
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 
-from cxgrad_fast.engine import RankLostError, Ranks, ToldElsewhereError, is_launched, join_ranks
+from cxgrad_fast.engine import NonFiniteError, RankLostError, Ranks, ToldElsewhereError, is_launched, join_ranks
 from cxgrad_fast.signals import Interrupted, Signals, exit_code
 
 # exit codes
 BAD_INPUT = 2
+NON_FINITE = 3
 RANK_LOST = 4
 
 Main = Callable[[Sequence[str] | None, Ranks, Signals], int]
@@ -56,6 +57,11 @@ def _told(main: Main, argv: Sequence[str] | None, ranks: Ranks, signals: Signals
         signals.stop_watching()
         ranks.give_up()
         return _tell_unsaved(ending_of(ranks, signals.received, ranks.notes.lost(), str(error)))
+    except NonFiniteError as error:  # all ranks find the same
+        signals.stop_watching()
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return NON_FINITE
     except ToldElsewhereError:
         raise
     except BaseException:  # this rank tells

@@ -25,12 +25,14 @@ from cxgrad_fast.engine import (
     Graphs,
     MemoryPlan,
     MetaLoss,
+    NonFiniteError,
     NonFiniteLossError,
     Pending,
     Ranks,
     RunningStatistics,
     SharedGradients,
     StaticGradients,
+    check_finite,
     is_finite,
     memory,
     predictions_of,
@@ -43,7 +45,7 @@ from cxgrad_fast.models import OWN, LayerStatistics, build_backbone
 from cxgrad_fast.placement import device_of, dtype_of
 from cxgrad_fast.printable import shown
 
-__all__ = ["Adapted", "Learner", "NonFiniteLossError", "Pending"]
+__all__ = ["Adapted", "Learner", "NonFiniteError", "NonFiniteLossError", "Pending"]
 
 
 class Learner:
@@ -281,6 +283,14 @@ class Learner:
         out = self.engine.meta_loss(dict(zip(self.meta_parameters, parameters, strict=True)), episodes, phase)
         return out.detach(), torch.autograd.grad(out.loss, parameters, allow_unused=True, materialize_grads=True)
 
+    def check_finite(self, what: str = "this learner") -> None:
+        """That all meta-parameters are finite.
+
+        Raises:
+            NonFiniteError: one is not; the message names it, and ``what`` it is a parameter of.
+        """
+        check_finite(self.meta_parameters, what)
+
     def predict(self, episodes: Episodes, statistics: str | None = None) -> Tensor:
         """Query logits ``[T, N*Q, N]`` after adaptation to each support set, without a graph.
 
@@ -291,8 +301,10 @@ class Learner:
 
         Raises:
             InputError: ``running`` without any meta-training, or statistics for a norm that has none.
+            NonFiniteError: a meta-parameter is not finite.
             ValueError: as :meth:`meta_loss`.
         """
+        self.check_finite()
         kind = self._statistics_kind(statistics)
         with self._operators():
             episodes = self._checked(episodes)
@@ -310,8 +322,9 @@ class Learner:
 
         Raises:
             ValueError: wrong shapes, labels out of range (name, expected, got).
-            InputError: as :meth:`predict`.
+            InputError, NonFiniteError: as :meth:`predict`.
         """
+        self.check_finite()
         check_images("support_x", support_x)
         check_labels("support_y", support_y)
         single = support_x.ndim == 4

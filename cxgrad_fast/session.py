@@ -38,7 +38,12 @@ class Session:
     best: list[Best] = field(default_factory=list)
 
     def checkpoint(self, **episode: Any) -> Checkpoint:
-        """The session as it stands."""
+        """The session as it stands.
+
+        Raises:
+            NonFiniteError: a meta-parameter is not finite: nothing can go on from it.
+        """
+        self.learner.check_finite("this run")
         return Checkpoint(
             config=self.config,
             state=self.learner.state_dict(),

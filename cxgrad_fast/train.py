@@ -23,8 +23,8 @@ from cxgrad_fast.engine.memory import measured_peak, megabytes
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.evaluate import Score, explain_statistics, predict_tasks, score
 from cxgrad_fast.folder_lock import FolderLock
-from cxgrad_fast.launched import on_ranks
-from cxgrad_fast.learner import Learner, NonFiniteLossError
+from cxgrad_fast.launched import NON_FINITE, on_ranks
+from cxgrad_fast.learner import Learner, NonFiniteError, NonFiniteLossError
 from cxgrad_fast.pipeline import StepNumbers, Steps
 from cxgrad_fast.runs import (
     LATEST,
@@ -38,8 +38,6 @@ from cxgrad_fast.runs import (
 )
 from cxgrad_fast.session import Session, restore_rng
 from cxgrad_fast.signals import Interrupted, Signals
-
-NON_FINITE = 3  # exit code
 
 # settings that a resumed run may change: they say where and for how long, not what is computed
 RESUMABLE = frozenset(
@@ -152,6 +150,7 @@ def _resume(
         return session
 
     session = ranks.in_turn(opened)
+    session.learner.check_finite(f"'{folder / LATEST}'")
     restore_rng(saved.rng, session.learner.device)
     run = _open_run(ranks, signals, folder, lambda: Run(folder, session.checkpoint(), locks[0]))
     return session, stack.enter_context(run)
@@ -201,10 +200,10 @@ def _train_and_test(session: Session, run: Run, signals: Signals) -> int:
         _test(session, run, signals)
     except Interrupted as stop:
         return endings.interrupted(session, run, stop)
-    except NonFiniteLossError as error:
+    except NonFiniteError as error:
         signals.stop_watching()
         if session.ranks.is_first:
-            print(f"error: {_save_non_finite(session, run, error)}", file=sys.stderr)
+            print(f"error: {_explain_non_finite(session, run, error)}", file=sys.stderr)
         return NON_FINITE
     except RankLostError as error:
         return endings.rank_lost(session, run, signals, error)
@@ -305,6 +304,8 @@ def _test(session: Session, run: Run, signals: Signals) -> None:
 
     saved = ranks.from_first(models)
     learners = [checkpoint.learner(file, config, ranks=ranks) for file, checkpoint in saved]
+    for learner, (file, _) in zip(learners, saved, strict=True):
+        learner.check_finite(f"'{file.name}'")
     names = [file.name for file, _ in saved]
     print(f"ensemble of {len(names)}: {', '.join(names)}\n{explain_statistics(config)}", flush=True)
     results: dict[str, Any] = {"models": names, "statistics": config.evaluation.statistics}
@@ -336,6 +337,18 @@ def _test_on(learners: list[Learner], sampler: EpisodeSampler, session: Session,
         return score(*predict_tasks(learners, sampler, tasks, tasks_per_batch=batch, report=report, ranks=ranks))
     finally:
         progress.close()
+
+
+def _explain_non_finite(session: Session, run: Run, error: NonFiniteError) -> str:
+    if isinstance(error, NonFiniteLossError):
+        try:
+            return _save_non_finite(session, run, error)
+        except NonFiniteError as cause:  # the weights before the step
+            error = cause
+    return (
+        f"{error} (after iteration {session.iteration}); {LATEST} is as it was: "
+        "start a new run with a lower outer.learning_rate"
+    )
 
 
 def _save_non_finite(session: Session, run: Run, error: NonFiniteLossError) -> str:

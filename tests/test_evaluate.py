@@ -12,7 +12,7 @@ from cxgrad_fast.cli import run_command
 from cxgrad_fast.data import open_pool
 from cxgrad_fast.episodes import EpisodeSampler
 from cxgrad_fast.evaluate import explain_statistics, main, predict_tasks, score
-from cxgrad_fast.learner import Learner
+from cxgrad_fast.learner import Learner, NonFiniteError
 
 pytest_plugins = ("tiny_runs_fixtures",)
 
@@ -92,6 +92,9 @@ class Answering:
     def __init__(self, *logits: float) -> None:
         self.logits = torch.tensor(logits, dtype=torch.float64)
 
+    def check_finite(self, what="this learner"):
+        pass
+
     def predict(self, episodes, statistics=None):
         return self.logits.expand(*episodes.query_y.shape, -1)
 
@@ -104,6 +107,22 @@ def test_an_ensemble_is_the_mean_of_raw_logits_not_of_probabilities(sampler) -> 
     probabilities = torch.stack([learner.logits.softmax(0) for learner in learners]).mean(0)
     assert probabilities.argmax() == 1
     assert torch.equal(labels, sampler.sample(0, 3).query_y)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_answer_that_is_not_finite_is_no_answer(sampler, value: float) -> None:
+    """Whatever the class that it would seem to choose: the first, for a NaN."""
+
+    class Diverging(Answering):
+        def predict(self, episodes, statistics=None):
+            logits = super().predict(episodes).clone()
+            if torch.equal(episodes.query_x, sampler.sample(2, 2).query_x):
+                logits[1, 4, 2] = value
+            return logits
+
+    learners = [Answering(1.0, 0.0, 0.0), Diverging(1.0, 0.0, 0.0)]
+    with pytest.raises(NonFiniteError, match=r"the logits of task 3 of folder .*, split 'test', are not finite"):
+        predict_tasks(learners, sampler, 5, tasks_per_batch=2)
 
 
 def test_batches_of_tasks_do_not_change_the_answers(finished, sampler) -> None:

@@ -14,7 +14,15 @@ from cxgrad_fast.engine.memory import MemoryPlan
 from cxgrad_fast.engine.meta_loss import Adaptation, Engine, MetaLoss
 from cxgrad_fast.engine.prediction import predictions_of
 from cxgrad_fast.engine.static import Gradients, StaticGradients
-from cxgrad_fast.engine.step import CapturedStep, NonFiniteLossError, Pending, RunningStatistics, is_finite
+from cxgrad_fast.engine.step import (
+    CapturedStep,
+    NonFiniteError,
+    NonFiniteLossError,
+    Pending,
+    RunningStatistics,
+    check_finite,
+    is_finite,
+)
 
 __all__ = [
     "ALONE",
@@ -26,6 +34,7 @@ __all__ = [
     "Graphs",
     "MemoryPlan",
     "MetaLoss",
+    "NonFiniteError",
     "NonFiniteLossError",
     "Pending",
     "RankLostError",
@@ -34,6 +43,7 @@ __all__ = [
     "SharedGradients",
     "StaticGradients",
     "ToldElsewhereError",
+    "check_finite",
     "is_finite",
     "is_launched",
     "join_ranks",

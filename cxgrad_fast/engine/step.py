@@ -23,7 +23,11 @@ STATISTICS_MOMENTUM = 0.01  # of the running BatchNorm statistics: about the las
 _PAUSES = (5e-5, 1e-3)  # seconds between two looks at the device: the first, which is doubled up to the last
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteError(ArithmeticError):
+    """Numbers that nothing more can be computed from: infinite, or not a number."""
+
+
+class NonFiniteLossError(NonFiniteError):
     """A meta-step met a loss or gradient that is not finite; nothing was changed."""
 
     def __init__(self, loss_is_finite: bool, gradients_are: bool = False) -> None:
@@ -34,6 +38,19 @@ class NonFiniteLossError(ArithmeticError):
 def is_finite(out: MetaLoss, gradients: Sequence[Tensor]) -> Tensor:
     """``[]`` bool on the device: whether the loss and all gradients are."""
     return torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
+
+
+def check_finite(parameters: Mapping[str, Tensor], what: str) -> None:
+    """That all values of the parameters are finite.
+
+    Raises:
+        NonFiniteError: one is not; the message names it, and ``what`` it is a parameter of.
+    """
+    largest = torch._foreach_norm([tensor.detach() for tensor in parameters.values()], float("inf"))
+    finite = torch.stack(largest).isfinite()
+    if not finite.all():
+        name = list(parameters)[finite.tolist().index(False)]
+        raise NonFiniteError(f"parameter '{name}' of {what} is not finite: the model has diverged")
 
 
 class RunningStatistics:
