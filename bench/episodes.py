@@ -5,8 +5,10 @@
 
 Random seeded episodes of the preset's shape: no data is needed. Every side runs in a process of its own and is first
 asked whether it does the same work (bench/equal_work.py); one that does not gets no figure, and the exit code is 1.
-Then all sides take turns (A B C, C B A, ...). A side that cannot run, or not within its limit, keeps its row with the
-reason. Sides that compute MAML only are compared with ours under --inner.algorithm maml.
+Then all sides take turns (A B C, C B A, ...). A turn is several steps in a row, as in training: the first of them,
+whose data other processes have driven from the caches, stands apart (``cold_s`` in the result file). A side that cannot
+run, or not within its limit, keeps its row with the reason. Sides that compute MAML only are compared with ours under
+--inner.algorithm maml.
 
 Columns: episodes/s, median and 20-80 % quantiles; its ratio to the per-task loop, pair by pair; the share of the
 roofline limit (bench/roofline.py); peak memory of one step; operator calls (on CUDA: launches) of one step; seconds of
@@ -21,6 +23,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,8 @@ class Row:
         reason: why it has no figure, or not all of them; empty for most.
         wrong: it does not do the same work.
         errors: of the equal-work check.
-        seconds: of a meta-step.
+        seconds: of a meta-step, the mean of several in a row, one sample a turn.
+        cold: of the first step of each turn.
         gain: loop's seconds over this side's, pair by pair.
         share: of the roofline limit, in [0, 1]; None where the limit is not known.
         peak_bytes: memory of a step, as :func:`measure.peak_memory` says.
@@ -82,6 +86,7 @@ class Row:
     wrong: bool = False
     errors: dict[str, float] = field(default_factory=dict)
     seconds: Timing = NOTHING
+    cold: Timing = NOTHING
     gain: Timing = NOTHING
     share: float | None = None
     peak_bytes: int | None = None
@@ -147,9 +152,17 @@ def run_case(
             rows[name] = _prepare(name, host, case, answers)
         ready = {name: hosts[name] for name in names if not rows[name].reason}
         _say(f"timing {', '.join(ready)}")
-        timings = interleave({name: host.step for name, host in ready.items()}, rounds, limit_s, warm_up=0)
+        cold: dict[str, list[float]] = {name: [] for name in ready}
+
+        def turn(name: str) -> float:
+            found = hosts[name].turn()
+            cold[name].append(found.cold)
+            return found.mean
+
+        timings = interleave({name: partial(turn, name) for name in ready}, rounds, limit_s, warm_up=0)
         for name, timing in timings.items():
-            rows[name] = _counted(replace(rows[name], seconds=timing, reason=timing.note), hosts[name])
+            row = replace(rows[name], seconds=timing, cold=Timing(tuple(cold[name])), reason=timing.note)
+            rows[name] = _counted(row, hosts[name])
     finally:
         for host in hosts.values():
             host.close()
@@ -270,8 +283,13 @@ def _record(config: Config, rows: Sequence[Row], limit: dict[str, Any]) -> dict[
     tasks = config.outer.meta_batch
     sides = []
     for row in rows:
-        timings = {"seconds": row.seconds, "episodes_per_s": row.rate(tasks), "ratio_to_loop": row.gain}
-        plain = {key: value for key, value in asdict(row).items() if key not in ("seconds", "gain", "share")}
+        timings = {
+            "seconds": row.seconds,
+            "cold_s": row.cold,
+            "episodes_per_s": row.rate(tasks),
+            "ratio_to_loop": row.gain,
+        }
+        plain = {key: value for key, value in asdict(row).items() if key not in ("seconds", "cold", "gain", "share")}
         figures = {key: timing.as_dict() for key, timing in timings.items() if timing.samples}
         sides.append({**plain, "once_s": row.once_s, "fraction_of_limit": row.share, **figures})
     precision = config.run.precision

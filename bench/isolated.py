@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,24 @@ from cxgrad_fast import Config, Episodes
 
 Arrays = dict[str, np.ndarray]
 STARTING_S = 120.0  # to import everything
+TURN_S = 2.0  # seconds of steps in a row that a turn should time, where a step is short
+TURN_STEPS = (2, 10)  # the fewest and the most of them
+
+
+class Turn(NamedTuple):
+    """Seconds of meta-training steps that followed each other in one process.
+
+    Attributes:
+        cold: of the first, behind the turns of other processes: its data were no longer in the caches.
+        steps: of each step after it, as in training.
+    """
+
+    cold: float
+    steps: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.steps) / len(self.steps)
 
 
 class Host(Protocol):
@@ -35,6 +53,10 @@ class Host(Protocol):
     def load(self, parameters: Parameters) -> None: ...
     def step(self) -> float:
         """Seconds that one meta-training step took."""
+        ...
+
+    def turn(self) -> Turn:
+        """One step, and as many after it as take about TURN_S seconds, within TURN_STEPS."""
         ...
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]: ...
@@ -64,6 +86,12 @@ class Direct:
         self._side.step()
         synchronize(self._device)
         return time.perf_counter() - begin
+
+    def turn(self) -> Turn:
+        cold = self.step()
+        fewest, most = TURN_STEPS
+        count = max(fewest, min(most, round(TURN_S / max(cold, 1e-9))))
+        return Turn(cold, [self.step() for _ in range(count)])
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         return self._side.gradients()
@@ -110,6 +138,10 @@ class Isolated:
         self._stepped = True
         return seconds
 
+    def turn(self) -> Turn:
+        cold, steps = self._ask("turn")
+        return Turn(cold, steps)
+
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         loss, found = self._ask("gradients")
         return loss, _tensors(found)
@@ -146,7 +178,9 @@ class Isolated:
     def _phase(self, method: str) -> str:
         if method == "step" and not self._stepped:
             return "first meta-step"
-        return {"step": "meta-steps", "gradients": "equal-work check"}.get(method, method.replace("_", " "))
+        return {"step": "meta-steps", "turn": "meta-steps", "gradients": "equal-work check"}.get(
+            method, method.replace("_", " ")
+        )
 
     def _answer(self, timeout: float) -> Any:
         if not self._pipe.poll(timeout):
@@ -184,6 +218,8 @@ def _perform(side: Direct, method: str, arguments: list[Any]) -> Any:
     if method == "load":
         return side.load(_tensors(arguments[0]))
     found = getattr(side, method)()
+    if method == "turn":
+        return tuple(found)  # the child's own classes are not the parent's
     if method == "gradients":
         return found[0], _arrays(found[1])
     return _arrays(found) if method == "parameters" else found

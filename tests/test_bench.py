@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import episodes
 import equal_work
+import isolated
 import measure
 import pytest
 import report
@@ -196,6 +198,24 @@ def test_peers_say_why_not() -> None:
 def _case_of(config: Config) -> tuple[Episodes, dict[str, Tensor]]:
     case = equal_work.make_case(config)
     return case.episodes, case.parameters
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.05, 10), (0.1, 7), (30.0, 2)])
+def test_a_turn_is_several_steps_in_a_row(seconds: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as take about two seconds; the first, which finds nothing in the caches, stands apart."""
+    done: list[float] = []
+
+    class Side:
+        def step(self) -> None:
+            done.append(seconds if done else 3 * seconds)
+
+    clock = SimpleNamespace(perf_counter=lambda: sum(done))
+    monkeypatch.setattr(isolated, "time", clock)
+    host = Direct("loop")
+    host._side, host._device = Side(), torch.device("cpu")
+    turn = host.turn()
+    assert (turn.cold, len(turn.steps)) == (pytest.approx(3 * seconds), count)
+    assert turn.mean == pytest.approx(seconds)
 
 
 # --- the command ---
