@@ -53,7 +53,8 @@ def check_numbers() -> None:
 def check_gradients(ranks: Ranks, many: Learner, one: Learner, tolerance: float) -> None:
     tasks = many.config.outer.meta_batch
     episodes = random_episodes(many.config, tasks).to(dtype=many.dtype)
-    out, found = many._sharing(many._gradients, list(many.meta_parameters.values()), episodes[ranks.shard(tasks)])
+    parameters, own = list(many.meta_parameters.values()), episodes[ranks.shard(tasks)]
+    out, found = many._sharing(many._gradients, parameters, own, many.algorithm.phase(None))
     assert_same_on_all(ranks, found)
     if ranks.is_first:
         wanted, expected = one._gradients(list(one.meta_parameters.values()), episodes)
