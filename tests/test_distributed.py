@@ -57,7 +57,7 @@ def check_gradients(ranks: Ranks, many: Learner, one: Learner, tolerance: float)
     out, found = many._sharing(many._gradients, parameters, own, many.algorithm.phase(None))
     assert_same_on_all(ranks, found)
     if ranks.is_first:
-        wanted, expected = one._gradients(list(one.meta_parameters.values()), episodes)
+        wanted, expected = one._gradients(list(one.meta_parameters.values()), episodes, one.algorithm.phase(None))
         assert relative_error(flat(found), flat(expected)) < tolerance
         for field in ("loss", "query_logits", "support_losses", "query_losses", "accuracy", "statistics"):
             torch.testing.assert_close(getattr(out, field), getattr(wanted, field), rtol=tolerance, atol=tolerance)
