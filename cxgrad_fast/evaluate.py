@@ -22,7 +22,7 @@ from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
 from cxgrad_fast.launched import on_ranks
 from cxgrad_fast.learner import Learner, NonFiniteError
-from cxgrad_fast.runs import best_files
+from cxgrad_fast.runs import best_models, latest_file
 from cxgrad_fast.signals import Signals
 from cxgrad_fast.torch_files import read_torch_file
 
@@ -261,17 +261,21 @@ def _open_run(
     path: Path, settings: dict[str, object], ranks: Ranks
 ) -> tuple[Config, list[Learner], list[str], dict[str, str]]:
     """Settings, learners, their names and the pools' fingerprints of a run's folder or of one checkpoint."""
-    first = path if path.is_file() else best_files(path, 1)[0]
+    first = path if path.is_file() else latest_file(path)
     saved = read_checkpoint(first)
     config = saved.config.override(settings)
     old, new = saved.config.flat(), config.flat()
     for name in new:
         if name.startswith(("model.", "outer.")) and new[name] != old[name]:
             raise InputError(f"setting '{name}' (={new[name]}) is fixed by the checkpoint '{first}' (={old[name]})")
-    files = [path] if path.is_file() else best_files(path, config.evaluation.ensemble)
-    learners = [read_checkpoint(file).learner(file, config, ranks=ranks) for file in files]
+    models = [(path, saved)]
+    if not path.is_file():
+        models, lines = best_models(path, saved.best, config.evaluation.ensemble)
+        for line in lines if ranks.is_first else []:
+            print(line, file=sys.stderr)
+    learners = [checkpoint.learner(file, config, ranks=ranks) for file, checkpoint in models]
     is_same_data = all(new[name] == old[name] for name in ("data.source", "data.variant"))
-    return config, learners, [file.name for file in files], saved.fingerprints if is_same_data else {}
+    return config, learners, [file.name for file, _ in models], saved.fingerprints if is_same_data else {}
 
 
 def _open_released(file: Path, config: Config, ranks: Ranks) -> Learner:

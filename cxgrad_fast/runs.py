@@ -2,6 +2,9 @@
 
     config.toml  source.txt  metrics.csv  curves.png  tensorboard/  latest.pt  best-<iteration>.pt  result.json
 
+``tensorboard/`` holds the events of training, ``tensorboard/val/`` those of validations: TensorBoard forgets all events
+of a folder from a step on, and a resumed run may repeat its last validation but not the training step before it.
+
 ``metrics.csv`` holds one row an iteration and one a validation, and no times: two runs with one seed write the same
 bytes.
 """
@@ -48,16 +51,58 @@ def load(run: str | Path, checkpoint: str = "best", overrides: Mapping[str, obje
         raise InputError(f"checkpoint must be 'best' or 'latest', got '{checkpoint}'")
     path = Path(run)
     if not path.is_file():
-        path = best_files(path, 1)[0] if checkpoint == "best" else latest_file(path)
+        path = _best_file(path) if checkpoint == "best" else latest_file(path)
     saved = read_checkpoint(path)
     return saved.learner(path, saved.config.override(overrides or {}))
 
 
-def best_files(folder: Path, count: int) -> list[Path]:
-    """Checkpoints of the ``count`` best models of a run, best first; its latest before the first validation."""
+def _best_file(folder: Path) -> Path:
+    """The checkpoint of a run's best model; its latest before the first validation.
+
+    Raises:
+        InputError: there is no run in ``folder``, or the file is gone.
+    """
     latest = latest_file(folder)
     best = read_checkpoint(latest).best
-    return [folder / model.file for model in best[:count]] or [latest]
+    if not best:
+        return latest
+    file = folder / best[0].file
+    if not file.exists():
+        raise InputError(f"'{file}', the best model of the run, was deleted: name another file, or {LATEST}")
+    return file
+
+
+def not_deleted(folder: Path, best: Sequence[Best], count: int) -> tuple[tuple[Best, ...], list[str]]:
+    """The first ``count`` of a run's best models whose files are there, and a line for each that was deleted."""
+    kept: list[Best] = []
+    lines = []
+    for model in best:
+        if len(kept) == count:
+            break
+        if (folder / model.file).exists():
+            kept.append(model)
+        else:
+            lines.append(f"note: '{folder / model.file}', one of the best models, was deleted: going on without it")
+    return tuple(kept), lines
+
+
+def best_models(folder: Path, best: Sequence[Best], count: int) -> tuple[list[tuple[Path, Checkpoint]], list[str]]:
+    """Files and checkpoints of :func:`not_deleted`'s models, and its lines; without any model, of the latest.
+
+    Raises:
+        InputError: a file that is there cannot be used.
+    """
+    kept, lines = not_deleted(folder, best, count)
+    found = []
+    for file in (folder / model.file for model in kept):
+        try:
+            found.append((file, read_checkpoint(file)))
+        except InputError as error:
+            raise InputError(f"{error} (if it cannot be brought back, delete it: the others are then used)") from error
+    if not found:
+        latest = latest_file(folder)
+        found.append((latest, read_checkpoint(latest)))
+    return found, lines
 
 
 def latest_file(folder: Path) -> Path:
@@ -142,6 +187,7 @@ class Run:
         write_atomic(folder / "metrics.csv", _rows_until(folder / "metrics.csv", start).encode())
         self._metrics = _Appender(folder / "metrics.csv", opened)
         self._events = _Events(folder / "tensorboard", start.iteration + 1, opened)
+        self._validations = _Events(folder / "tensorboard" / "val", start.validated + 1, opened)
 
     @classmethod
     def create(cls, folder: Path, start: Checkpoint) -> Run:
@@ -195,7 +241,8 @@ class Run:
         """A row of metrics.csv (loss, accuracy, interval, ...) and the same as TensorBoard scalars."""
         cells = [repr(values[name]) if name in values else "" for name in COLUMNS]
         self._metrics.write((",".join([str(iteration), split, *cells]) + "\n").encode())
-        self.log_scalars(iteration, {f"{split}/{name}": value for name, value in values.items()})
+        events = self._validations if split == "val" else self._events
+        events.write(iteration, {f"{split}/{name}": value for name, value in values.items()})
 
     def log_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """TensorBoard scalars alone: what differs between equal runs, such as times."""

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from cxgrad_fast.runs import (
     LATEST,
     FollowedRun,
     Run,
-    best_files,
+    best_models,
     check_writable,
     draw_curves,
     latest_file,
+    not_deleted,
     source_version,
 )
 from cxgrad_fast.session import Session, restore_rng
@@ -132,7 +134,9 @@ def _resume(
                     "it would change its numbers, start a new run for it"
                 )
         check_writable(folder)
-        return saved, config
+        best, lines = not_deleted(folder, saved.best, len(saved.best))
+        _note(lines)
+        return replace(saved, best=best), config
 
     saved, config = ranks.from_first(planned)
 
@@ -154,6 +158,11 @@ def _resume(
     restore_rng(saved.rng, session.learner.device)
     run = _open_run(ranks, signals, folder, lambda: Run(folder, session.checkpoint(), locks[0]))
     return session, stack.enter_context(run)
+
+
+def _note(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _open_run(ranks: Ranks, signals: Signals, folder: Path, open_it: Callable[[], Run]) -> Run:
@@ -300,7 +309,9 @@ def _test(session: Session, run: Run, signals: Signals) -> None:
     config, ranks = session.config, session.ranks
 
     def models() -> list[tuple[Path, Checkpoint]]:
-        return [(file, read_checkpoint(file)) for file in best_files(run.folder, config.evaluation.ensemble)]
+        found, lines = best_models(run.folder, session.best, config.evaluation.ensemble)
+        _note(lines)
+        return found
 
     saved = ranks.from_first(models)
     learners = [checkpoint.learner(file, config, ranks=ranks) for file, checkpoint in saved]

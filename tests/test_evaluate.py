@@ -162,6 +162,17 @@ def test_source_split_tasks_queries_and_ensemble_are_chosen(finished, capsys) ->
     assert json.loads(evaluate(capsys, finished, "--split", "val", "--json"))["split"] == "val"
 
 
+def test_a_deleted_model_is_told_and_the_next_best_is_evaluated(finished, tmp_path, capsys) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    first, second = (best.file for best in read_checkpoint(copy / "latest.pt").best)
+    (copy / first).unlink()
+    for options, expected in (((), [second]), (("--ensemble", "1"), [second])):
+        assert run_command(main, [str(copy), "--json", *options]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["models"] == expected
+        assert err == f"note: '{copy / first}', one of the best models, was deleted: going on without it\n"
+
+
 def test_one_checkpoint_is_evaluated_by_either_name(finished, capsys) -> None:
     best = read_checkpoint(finished / "latest.pt").best[0].file
     alone = evaluate(capsys, finished / best, "--json")

@@ -72,7 +72,7 @@ def test_load_tells_what_is_missing(saved, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"'.*/empty' holds no run: there is no latest.pt in it"):
         load(tmp_path / "empty")
-    with pytest.raises(InputError, match=r"cannot read the checkpoint '.*best-4.pt': No such file"):
+    with pytest.raises(InputError, match=r"'.*/best-4.pt', the best model of the run, was deleted: name another file"):
         load(tmp_path)
     with pytest.raises(InputError, match="checkpoint must be 'best' or 'latest', got 'newest'"):
         load(tmp_path, "newest")
@@ -183,6 +183,27 @@ def test_tensorboard_reads_the_events_and_forgets_what_a_resumed_run_repeats(sta
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     assert [event.value for event in events.Scalars("speed/seconds")] == [0.25]
+
+
+def test_tensorboard_forgets_the_validation_that_a_resumed_run_repeats(start, tmp_path) -> None:
+    """Killed between the row of the validation after iteration 8 and its checkpoint."""
+    folder = tmp_path / "run"
+    with Run.create(folder, with_iteration(start, 0)) as run:
+        for iteration in range(1, 9):
+            run.log(iteration, "train", loss=float(iteration), accuracy=0.5)
+            if iteration % 4 == 0:
+                run.log(iteration, "val", loss=float(iteration), accuracy=0.5)
+    for _ in range(2):
+        with Run(folder, dataclasses.replace(with_iteration(start, 8), validated=4)) as run:
+            run.log(8, "val", loss=8.0, accuracy=0.5)
+    with Run(folder, with_iteration(start, 8)) as run:
+        run.log(9, "train", loss=9.0, accuracy=0.5)
+    points = {}
+    for name in ("", "val"):
+        events = EventAccumulator(str(folder / "tensorboard" / name)).Reload()
+        points |= {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert points["train/loss"] == list(range(1, 10))
+    assert points["val/loss"] == points["val/accuracy"] == [4, 8]
 
 
 def test_a_full_disk_stops_metrics_in_one_error(start, tmp_path, monkeypatch) -> None:

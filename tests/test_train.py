@@ -250,6 +250,69 @@ def test_resuming_a_finished_run_repeats_its_test(finished, copy, capsys) -> Non
     assert "from iteration 9" in capsys.readouterr().out
 
 
+def test_a_deleted_best_model_is_told_and_the_others_are_tested(finished, copy, capsys) -> None:
+    first, second = (best.file for best in read_checkpoint(finished / "latest.pt").best)
+    note = "note: '{}', one of the best models, was deleted: going on without it\n"
+    (copy / first).unlink()
+    capsys.readouterr()
+    assert train("--resume", copy) == 0
+    out, err = capsys.readouterr()
+    assert err == note.format(copy / first)
+    assert f"ensemble of 1: {second}\n" in out
+    assert json.loads((copy / "result.json").read_text())["models"] == [second]
+
+    (copy / second).unlink()  # and the test is of the latest, which the run ends with
+    assert train("--resume", copy) == 0
+    out, err = capsys.readouterr()
+    assert err == note.format(copy / first) + note.format(copy / second)
+    assert "ensemble of 1: latest.pt\n" in out
+
+
+def test_a_best_model_that_is_deleted_while_the_run_goes_on_is_told(copy, capsys, monkeypatch) -> None:
+    def deleting(*arguments, **options):
+        for file in copy.glob("best-*.pt"):
+            file.unlink()
+        return predict_tasks(*arguments, **options)
+
+    best = read_checkpoint(copy / "latest.pt").best
+    monkeypatch.setattr(train_module, "predict_tasks", deleting)
+    capsys.readouterr()
+    assert train("--resume", copy, "--outer.iterations=10") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    latest = read_checkpoint(copy / "latest.pt")
+    gone = [model for model in latest.best if model in best]
+    assert notes == [
+        f"note: '{copy / model.file}', one of the best models, was deleted: going on without it" for model in gone
+    ]
+    assert gone
+
+
+def test_a_damaged_best_model_is_told_with_what_to_do(copy, capsys) -> None:
+    first, second = (best.file for best in read_checkpoint(copy / "latest.pt").best)
+    (copy / first).write_bytes((copy / first).read_bytes()[:-100])
+    capsys.readouterr()
+    assert train("--resume", copy) == 2
+    err = capsys.readouterr().err
+    assert str(copy / first) in err
+    assert err.endswith("(if it cannot be brought back, delete it: the others are then used)\n")
+    (copy / first).unlink()
+    assert train("--resume", copy) == 0
+    assert f"ensemble of 1: {second}\n" in capsys.readouterr().out
+
+
+def test_a_deleted_model_makes_room_for_another(copy, monkeypatch) -> None:
+    first, second = read_checkpoint(copy / "latest.pt").best
+    (copy / first.file).unlink()
+
+    def all_wrong(learners, sampler, *arguments, **options):
+        _, labels = predict_tasks(learners, sampler, *arguments, **options)
+        return torch.nn.functional.one_hot((labels + 1) % 3, 3).double(), labels
+
+    monkeypatch.setattr(train_module, "predict_tasks", all_wrong)
+    assert train("--resume", copy, "--outer.iterations=10") == 0
+    assert read_checkpoint(copy / "latest.pt").best == (second, (10, 0.0))
+
+
 def test_a_finished_run_can_go_on(finished, copy, images, tmp_path) -> None:
     assert train("--resume", copy, "--outer.iterations", 11, "--run.checkpoint_every=1") == 0
     assert train("--out", tmp_path / "straight", *words(images, outer__iterations=11)) == 0
