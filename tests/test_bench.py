@@ -136,7 +136,7 @@ def test_peak_memory_sees_what_a_run_allocates() -> None:
 @pytest.mark.parametrize("overrides", [{}, {"inner__order": 1}, {"inner__initial_context_order": 2, "model__slope": 0}])
 @pytest.mark.parametrize("algorithm", ["cxgrad", "maml"])
 def test_func_vmap_is_the_engine(algorithm: str, overrides: dict[str, Any]) -> None:
-    config = config_of(inner__algorithm=algorithm, inner__steps=2, **overrides)
+    config = config_of(inner__steps=2, **overrides).override({"inner.algorithm": algorithm})
     learner, batch = Learner(config), random_episodes(config)
     spread_parameters(learner)
     loss = learner.meta_loss(batch).loss
