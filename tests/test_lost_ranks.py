@@ -281,26 +281,41 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(images, tmp_path) -> No
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith(f"{stopped_at},")
 
 
-def train_long_steps(busy: int, marker: Path, *arguments: object, first: Callable[[], None] = lambda: None) -> int:
-    """One rank is busy for ever in a step, the other waits for it; there is no patience with long steps."""
+def train_long_steps(busy: int, markers: Path, *arguments: object, first: Callable[[], None] = lambda: None) -> int:
+    """One rank is busy for ever in a step, the other waits for it; there is no patience with long steps.
+
+    Each rank leaves a marker where the step begins.
+    """
     signals_module.PATIENCE = 0.0
+    rank = int(os.environ["RANK"])
 
-    def be_busy() -> None:
-        first()
-        marker.touch()
-        wait_for_ever()
+    def begin() -> None:
+        if rank == busy:
+            first()
+        (markers / str(rank)).touch()
+        if rank == busy:
+            wait_for_ever()
 
-    at_step(busy, be_busy)
+    at_step(rank, begin)
     return train(*arguments)
+
+
+def interrupt_a_long_step(folder: Path, target: Callable[..., int], busy: int, *arguments: object) -> Launched:
+    """Two ranks that both got SIGTERM, as from torchrun, in the step in which one is busy for ever."""
+    markers = folder / "markers"
+    markers.mkdir()
+    launched = Launched(folder / "ranks", 2, target, busy, markers, *arguments)
+    for rank in range(2):
+        wait_for(markers / str(rank), launched)
+    for process in launched.ranks:
+        os.kill(process.pid, signal.SIGTERM)
+    return launched
 
 
 @pytest.mark.parametrize("busy", [0, 1])
 def test_a_signal_in_a_long_step_saves_the_step_before_it(images, tmp_path, busy: int) -> None:
-    run, marker = tmp_path / "run", tmp_path / "marker"
-    launched = Launched(tmp_path / "ranks", 2, train_long_steps, busy, marker, "--out", run, *changes(images))
-    wait_for(marker, launched)
-    for process in launched.ranks:  # as torchrun does
-        os.kill(process.pid, signal.SIGTERM)
+    run = tmp_path / "run"
+    launched = interrupt_a_long_step(tmp_path, train_long_steps, busy, "--out", run, *changes(images))
     assert launched.wait() == [128 + signal.SIGTERM] * 2, launched.err()
     assert launched.err() == ""
     told = f"SIGTERM: saved after iteration {STEPS}, without what was under way; go on with: torchrun --nproc-"
@@ -309,16 +324,13 @@ def test_a_signal_in_a_long_step_saves_the_step_before_it(images, tmp_path, busy
     assert_goes_on(run, images, tmp_path / "straight")
 
 
-def train_long_steps_on_a_full_disk(marker: Path, *arguments: object) -> int:
-    return train_long_steps(0, marker, *arguments, first=fill_the_disk)
+def train_long_steps_on_a_full_disk(busy: int, markers: Path, *arguments: object) -> int:
+    return train_long_steps(busy, markers, *arguments, first=fill_the_disk)
 
 
 def test_a_full_disk_is_told_once_where_a_long_step_is_left(images, tmp_path) -> None:
-    run, marker = tmp_path / "run", tmp_path / "marker"
-    launched = Launched(tmp_path / "ranks", 2, train_long_steps_on_a_full_disk, marker, "--out", run, *changes(images))
-    wait_for(marker, launched)
-    for process in launched.ranks:
-        os.kill(process.pid, signal.SIGTERM)
+    run = tmp_path / "run"
+    launched = interrupt_a_long_step(tmp_path, train_long_steps_on_a_full_disk, 0, "--out", run, *changes(images))
     assert launched.wait() == [2, 2], launched.err()
     (line,) = launched.err().splitlines()
     assert line.startswith(f"error: cannot write or read '{run}/latest.pt': No space left on device")
