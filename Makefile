@@ -7,13 +7,13 @@ VERSIONS := -c constraints.txt
 # options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
 ARGS ?=
 
-.PHONY: help setup train test test-newest test-sanitize lint precision compare compare-precisions roofline bench bench-full bench-report bench-compare
+.PHONY: help setup train test test-all test-newest test-sanitize lint precision compare compare-precisions roofline bench bench-full bench-report bench-compare
 .PHONY: bench-operators bench-peers contact-sheet clean
 
 help:
 	@echo "make train            meta-train CxGrad on glyphs, test it (ARGS=\"--inner.algorithm maml\" for MAML)"
-	@echo "make test             all tests;  make lint: ruff and mypy"
-	@echo "make test-newest      the same with pip's newest torch, triton and numpy, in .venv-newest"
+	@echo "make test             the tests that are quick;  make test-all: all of them;  make lint: ruff and mypy"
+	@echo "make test-newest      all tests with pip's newest torch, triton and numpy, in .venv-newest"
 	@echo "make test-sanitize    the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compare          the README's table: CxGrad and MAML, 1 and 5 shots"
 	@echo "make precision        errors of dL/dnu and dL/dw in every precision, against float64"
@@ -38,8 +38,12 @@ train: setup
 	$(BIN)/python -m cxgrad_fast.train --compile $(ARGS)
 
 # a process a core, each with one thread: two threads each would wait for each other; files in the order of conftest.py
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: setup
+	$(PYTEST) $(ARGS)
 
 # Versions are looked up at every call. PIP_CONSTRAINT: pip's configuration may cap them too, and takes no empty value.
 NEWEST := VENV=.venv-newest VERSIONS="--upgrade --upgrade-strategy eager"
@@ -47,7 +51,7 @@ test-newest:
 	rm -f .venv-newest/installed
 	PIP_CONSTRAINT=/dev/null $(MAKE) setup $(NEWEST)
 	.venv-newest/bin/python -m cxgrad_fast.info
-	$(MAKE) test $(NEWEST)
+	$(MAKE) test-all $(NEWEST)
 
 # The runtimes come first in the process, which python itself was not built with; what it leaks is not ours to find.
 SANITIZE := CXGRAD_SANITIZE=address,undefined

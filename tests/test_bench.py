@@ -146,6 +146,7 @@ def test_func_vmap_is_the_engine(algorithm: str, overrides: dict[str, Any]) -> N
     assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours-reference", "loop", "func-vmap", "higher", "learn2learn"])
 def test_sides_do_the_same_work(name: str) -> None:
     config = equal_work.small_copy(config_of(inner__algorithm="maml", outer__meta_batch=2))
@@ -247,6 +248,7 @@ def planted(fault: str) -> sides.Factory:
     return Faulty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["gradient", "step", "nan"])
 def test_a_side_that_does_other_work_gets_no_figure(
     fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -323,6 +325,7 @@ def test_bfloat16_is_a_side_beside_float32(monkeypatch: pytest.MonkeyPatch) -> N
         torch.ops.cxgrad_fast.assume_tiles(None)
 
 
+@pytest.mark.slow
 def test_result_file_and_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     names = "ours-reference,ours-triton,loop,func-vmap,higher"
     arguments = [*QUICK, "--sides", names, "--out", str(tmp_path), "--sweep", "outer.meta_batch=1,2"]

@@ -97,6 +97,7 @@ def test_what_decides_a_library(sources: Path, monkeypatch: pytest.MonkeyPatch) 
     assert digest() not in seen
 
 
+@pytest.mark.slow
 def test_processes_at_once_build_once(sources: Path) -> None:
     command = "import sys; from pathlib import Path; from cxgrad_fast.kernels.building import library; "
     command += "print(library(Path(sys.argv[1])))"

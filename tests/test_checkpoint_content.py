@@ -340,6 +340,7 @@ _ODD = st.one_of(
 )
 
 
+@pytest.mark.slow
 @examples(300)
 @given(st.data())
 def test_any_change_of_the_content_is_told_or_makes_a_usable_checkpoint(content, tmp_path_factory, data) -> None:

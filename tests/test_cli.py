@@ -282,6 +282,7 @@ def test_full_memory_is_one_line(main, asked: str, capsys) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_one_line() -> None:
     program = (

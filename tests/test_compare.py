@@ -69,6 +69,7 @@ def test_ratio_is_base_over_head(
     assert written["base"]["commit"] == "old"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["git", "rev-parse"], cwd=compare.ROOT, capture_output=True).returncode != 0,
                     reason="not a git checkout")  # fmt: skip
 def test_side_runs_its_own_package(tmp_path: Path) -> None:

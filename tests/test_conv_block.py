@@ -130,6 +130,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # of [T, S, C, H, W], the va
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("side", "pool"), [(1, False), (2, False), (2, True), (3, True)])
 def test_finite_differences_of_one_image(side: int, pool: bool, layout: str) -> None:

@@ -38,6 +38,7 @@ def interpreted() -> dict[str, Any]:
 # --- the same numbers ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [case.name for case in child.COMBINED])
 def test_float64_equals_the_cpp_operators(interpreted: dict[str, Any], name: str) -> None:
     errors = interpreted["contract"][name]
@@ -196,6 +197,7 @@ def heavy(found: dict[str, list[machine_code.Launch]]) -> list[machine_code.Laun
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_machine_code_of_a_whole_block(architecture: str) -> None:
     for launches in launches_of(SHAPES["conv4-48/layer2"], architecture).values():
@@ -208,6 +210,7 @@ def most(launches: list[machine_code.Launch]) -> list[machine_code.Launch]:
     return [launch for launch in launches if launch.options.get("SOURCES") != 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "conv4-48/layer2"])
 def test_machine_code_of_products(name: str, architecture: str) -> None:

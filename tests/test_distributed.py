@@ -118,6 +118,7 @@ def check_predictions(ranks: Ranks) -> None:
         assert done[-1] == tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_compute_what_one_process_does(tmp_path, size: int) -> None:
     launched = Launched(tmp_path / "ranks", size, check_numbers)
@@ -161,6 +162,7 @@ def test_devices_of_ranks(monkeypatch) -> None:
 # the command
 
 
+@pytest.mark.slow
 def test_a_run_on_three_ranks_is_the_run_of_one(finished, images, tmp_path) -> None:
     launched = Launched(tmp_path / "ranks", 3, train, "--compile", "--out", tmp_path / "run", *words(images))
     assert launched.wait() == [0, 0, 0], launched.err()
@@ -229,6 +231,7 @@ def train_with_a_bad_task(*arguments: object) -> int:
     return train(*arguments)
 
 
+@pytest.mark.slow
 def test_a_bad_task_of_one_rank_stops_all(images, tmp_path) -> None:
     run = tmp_path / "run"
     changes = words(images, outer__meta_batch=3, run__checkpoint_every=1)

@@ -36,6 +36,7 @@ def interpreted() -> dict[str, Any]:
 # --- the same numbers ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [case.name for case in child.COMBINED])
 def test_float64_equals_the_cpp_operators(interpreted: dict[str, Any], name: str) -> None:
     errors = interpreted["contract"][name]
@@ -216,6 +217,7 @@ def test_nothing_of_the_images_size_is_stored() -> None:
             assert max(sizes) <= pooled, launch.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_machine_code_of_the_whole_layer(architecture: str) -> None:
     for launches in launches_of(SHAPES["conv4-48"], architecture).values():
@@ -223,6 +225,7 @@ def test_machine_code_of_the_whole_layer(architecture: str) -> None:
             check(launch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "architecture", "precision"),
     [
@@ -239,6 +242,7 @@ def test_machine_code_of_the_passes(name: str, architecture: str, precision: str
                 check(launch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_machine_code_of_other_types(dtype: torch.dtype) -> None:
     """float64 is for gradient checks on the device; the compiler has no way from bytes or bfloat16 to its products."""

@@ -70,6 +70,7 @@ def whole_val(pools: dict[str, ImagePool]) -> dict[str, np.ndarray]:
 
 
 class TestClasses:
+    @pytest.mark.slow
     def test_numbers(self, pools: dict[str, ImagePool]) -> None:
         sizes = {split: len(pool.class_names) for split, pool in pools.items()}
         total = sum(sizes.values())

@@ -63,6 +63,7 @@ def pretender(folder: Path, otherwise: str, words: str = "nothing-has-this-name"
     return str(path)
 
 
+@pytest.mark.slow
 def test_all_stages_run(tmp_path: Path) -> None:
     # no pip: where this tree is not installed, the script's tree of links has to do
     python = pretender(tmp_path, f'exec {shlex.quote(sys.executable)} "$@"', "-m pip")
@@ -197,6 +198,7 @@ def test_sanitizers_see_every_tensor_and_production_s_kernels(pretended: tuple[s
         assert "float32_error_on_cuda and (48_channels or first_layer)" in line
 
 
+@pytest.mark.slow
 def test_the_sanitizers_cases_are_there() -> None:
     script = (ROOT / "bench" / "gpu.sh").read_text()
     cases = "".join(re.findall(r'cases\+?="(.*)"', script))

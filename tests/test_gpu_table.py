@@ -90,6 +90,7 @@ def test_the_largest_needs_two_measured_sizes() -> None:
         assert "not measured: its size follows from two" in gpu_table.line(gpu_table.largest(1.0, done))
 
 
+@pytest.mark.slow
 def test_a_table_of_real_steps(tmp_path: Path) -> None:
     row = gpu_table.ROWS["tiny"][0]
     found = gpu_table.measured(row, "float64", 0.1, steps=2)

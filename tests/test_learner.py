@@ -175,6 +175,7 @@ def test_running_statistics_are_an_average() -> None:
             assert relative_error(running, (a + b) / 2) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_where_gradients_are_switched_off_the_numbers_are_the_same(mode, compiled: bool) -> None:

@@ -85,6 +85,7 @@ def find_rank(launcher: int, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_told_and_another_number_of_ranks_goes_on(images, tmp_path) -> None:
     run, lost = tmp_path / "run", os.getpid() % 3
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
@@ -128,6 +129,7 @@ def train_beside_a_slow_rank(*arguments: object) -> int:
     return train(*arguments)
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_not_told_as_lost_and_does_not_stay(images, tmp_path) -> None:
     run = tmp_path / "run"
     launched = Launched(tmp_path / "ranks", 3, train_beside_a_slow_rank, "--out", run, *changes(images))
@@ -164,6 +166,7 @@ def slow_disk(marker: Path) -> None:
     os.fsync = slow
 
 
+@pytest.mark.slow
 def test_a_last_checkpoint_takes_its_time(images, tmp_path) -> None:
     run, marker = tmp_path / "run", tmp_path / "marker"
     launched = Launched(tmp_path / "ranks", 2, train_on_a_slow_disk, marker, "--out", run, *changes(images))
@@ -181,6 +184,7 @@ def train_without_the_first(*arguments: object) -> int:
     return train(*arguments)
 
 
+@pytest.mark.slow
 def test_where_rank_0_dies_one_of_the_others_tells_where_the_run_stands(images, tmp_path) -> None:
     run = tmp_path / "run"
     launched = Launched(
@@ -227,6 +231,7 @@ def train_on_a_full_disk(*arguments: object) -> int:
     return train(*arguments)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_rank_0_is_told_once(images, tmp_path) -> None:
     run = tmp_path / "run"
     launched = Launched(
@@ -265,6 +270,7 @@ def test_a_rank_that_hangs_counts_as_lost(tmp_path) -> None:
 # signals
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(images, tmp_path) -> None:
     run = tmp_path / "run"
     changes = words(images, outer__iterations=FOREVER, outer__validate_every=3)
@@ -312,6 +318,7 @@ def interrupt_a_long_step(folder: Path, target: Callable[..., int], busy: int, *
     return launched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [0, 1])
 def test_a_signal_in_a_long_step_saves_the_step_before_it(images, tmp_path, busy: int) -> None:
     run = tmp_path / "run"
@@ -328,6 +335,7 @@ def train_long_steps_on_a_full_disk(busy: int, markers: Path, *arguments: object
     return train_long_steps(busy, markers, *arguments, first=fill_the_disk)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_once_where_a_long_step_is_left(images, tmp_path) -> None:
     run = tmp_path / "run"
     launched = interrupt_a_long_step(tmp_path, train_long_steps_on_a_full_disk, 0, "--out", run, *changes(images))

@@ -101,6 +101,7 @@ def test_chunks_are_chosen_where_memory_is_short(monkeypatch: pytest.MonkeyPatch
         assert relative_error(learner.meta_parameters[name], parameter) < 1e-12, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("is_compiled", "steps"), [(False, 500), (True, 2000)])
 def test_nothing_grows(is_compiled: bool, steps: int) -> None:
     """Bytes in use after 200 steps and at the end."""

@@ -62,6 +62,7 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 # training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [[], ["--compile"]])
 def test_a_first_step_that_is_too_long_is_not_reported_as_an_accuracy(images, tmp_path, capsys, option) -> None:
     """The weights are finite, 1e300, and the answers are not."""
@@ -80,6 +81,7 @@ def train_too_long(*arguments: object) -> int:
     return train(*arguments, "--outer.learning_rate=1e300", "--outer.iterations=1")
 
 
+@pytest.mark.slow
 def test_ranks_find_the_same_and_one_tells(images, tmp_path) -> None:
     launched = Launched(tmp_path / "ranks", 3, train_too_long, "--out", tmp_path / "run", *words(images))
     assert launched.wait() == [3, 3, 3], launched.err()

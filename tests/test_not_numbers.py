@@ -27,6 +27,7 @@ def interpreted() -> dict[str, Any]:
     return run_interpreted("not_numbers.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS, ids=hex)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_none_is_lost_in_triton(precision: str, bits: int, interpreted: dict[str, Any]) -> None:

@@ -8,9 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
     tracked = ("pyproject.toml", "setup.py", "README.md", "cxgrad_fast", "kernels", "csrc")
     source = tmp_path / "source"
@@ -47,6 +50,7 @@ def test_wheel(tmp_path: Path) -> None:
     assert done.stdout.endswith(f", {installed}/cxgrad_fast/kernels/built/operators.so\n")
 
 
+@pytest.mark.slow
 def test_an_install_that_cannot_compile_is_an_install(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "README.md", "cxgrad_fast", "kernels", "csrc"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(tmp_path)], check=True)
@@ -58,6 +62,7 @@ def test_an_install_that_cannot_compile_is_an_install(tmp_path: Path) -> None:
     assert not (kernels / "built").exists()
 
 
+@pytest.mark.slow
 def test_importable_from_anywhere(tmp_path: Path) -> None:
     script = "from cxgrad_fast.kernels.conv_block import reference as r; print(r.__name__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -65,7 +70,7 @@ def test_importable_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_the_newest_versions_have_an_environment_of_their_own() -> None:
-    """What ``make test-newest`` would do: pip without a cap on versions, then the recipe of ``make test``."""
+    """What ``make test-newest`` would do: pip without a cap on versions, then the recipe of ``make test-all``."""
     shown = [
         subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for words in (["test-newest", "ARGS=-x"], ["-W", "setup.py", "setup"])

@@ -254,6 +254,7 @@ class TestCache:
             f"(others can write '{cache}': chmod go-w '{cache}'): going on without"
         )
 
+    @pytest.mark.slow
     def test_a_pipe_is_built_anew(self, cache: Path) -> None:
         """Nobody writes into it: opening it the usual way would wait for ever."""
         cached("thing", 1, Built(), fits)
@@ -276,6 +277,7 @@ class TestCache:
         cached("other", 1, Built(), fits)
         assert not left.exists()
 
+    @pytest.mark.slow
     def test_two_processes_at_once(self, cache: Path) -> None:
         context = multiprocessing.get_context("spawn")  # fork may deadlock beside torch's threads
         processes = [context.Process(target=_store_and_delete, args=(40,)) for _ in range(2)]

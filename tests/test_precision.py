@@ -100,6 +100,7 @@ def test_an_unknown_precision_is_named() -> None:
         convolve(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_software")
 def test_a_tiny_cxgrad_in_every_precision() -> None:
     """Compiled and uncompiled the same bits; errors of the first loss, before any step, and of the meta-gradient."""
@@ -143,6 +144,7 @@ def test_recomputed_steps_are_the_same_whatever_thread_asks(precision: str, back
             assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_software")
 def test_memory_is_predicted_in_every_precision() -> None:
     """From the operators' fakes, which see the precision behind their other arguments."""

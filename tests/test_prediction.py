@@ -47,6 +47,7 @@ def test_compiled_predictions_are_the_same_to_the_bit(
     assert ["again, for another shape of episodes" in line for line in told] == [False, True]
 
 
+@pytest.mark.slow
 def test_an_ensemble_compiles_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     at_once(monkeypatch)
     gc.collect()  # what other tests left

@@ -82,6 +82,7 @@ def test_float32_error_is_at_most_twice_the_reference_s(case: Case) -> None:
         assert error <= FACTOR * allowed + ROUNDING * exact.norm(), f"{name}: {error:.2e}, the reference {allowed:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", [case for case in SMOOTH if case.name != "odd_ranks"], ids=name_of)
 def test_gradcheck(case: Case) -> None:

@@ -53,6 +53,7 @@ def assert_equal_steps(
 
 
 # the definitions write into their tensors, which the program then may not take apart
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "backend"), [*((case, "cpp") for case in CASES), ("maml", "reference")])
 def test_equals_the_uncompiled_step_to_the_bit(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "cpp":
@@ -65,12 +66,14 @@ def test_equals_the_uncompiled_step_to_the_bit(case: str, backend: str, monkeypa
     assert told[0].startswith("meta-step compiled in ")
 
 
+@pytest.mark.slow
 def test_fifty_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static, "_TRIALS", 0)
     compiled, plain, _ = pair(config_of(inner__steps=1, model__image_size=16))
     assert_equal_steps(compiled, plain, steps=50)
 
 
+@pytest.mark.slow
 def test_one_program_a_shape() -> None:
     """Other values, another learning rate or more steps compile nothing; another meta-batch does, once, and says so."""
     compiled, plain, told = pair(config_of(inner__steps=1))

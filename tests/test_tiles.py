@@ -79,6 +79,7 @@ def _tile_products(case: Case) -> int:
     return case.tasks * made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_convolutions(found: dict[str, Any], name: str) -> None:
     """Sums in float32 of exact products: float64 of the same factors, to rounding. And no product too many."""
@@ -101,6 +102,7 @@ def test_bits_do_not_depend_on_threads_and_float64_is_not_touched(found: dict[st
     assert found["bits"] == []
 
 
+@pytest.mark.slow
 def test_what_is_not_a_number_stays_so(found: dict[str, Any]) -> None:
     assert found["lost"] == []
 

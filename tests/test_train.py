@@ -59,6 +59,7 @@ def wait_for_rows(child: subprocess.Popen[str], folder, rows: int) -> None:
 # a whole run
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_same_run(images, finished, tmp_path, capsys) -> None:
     assert train("--compile", "--out", tmp_path / "compiled", *words(images)) == 0
     assert "meta-step compiled in " in capsys.readouterr().err
@@ -97,6 +98,7 @@ def test_the_rows_of_metrics_are_what_the_learner_says(finished, images) -> None
     assert [float(cell) for cell in row[2:] if cell] == numbers
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_the_same_to_the_byte_and_another_seed_is_not(finished, images, tmp_path) -> None:
     assert train("--out", tmp_path / "again", *words(images)) == 0
     same_run(finished, tmp_path / "again")
@@ -139,6 +141,7 @@ def test_the_default_folder_is_named_after_preset_and_time(images, tmp_path, mon
 # nothing is lost
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(images, tmp_path) -> None:
     run = tmp_path / "run"
     child = start_child("--out", run, *words(images, outer__iterations=FOREVER))
@@ -197,6 +200,7 @@ def test_the_best_models_are_kept_and_of_equals_the_earlier(images, tmp_path, mo
     assert [read_checkpoint(tmp_path / "run" / model.file).iteration for model in best] == [4, 2, 5]
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_leaves_the_validation_for_later(finished, images, tmp_path, monkeypatch) -> None:
     seen = []
 
@@ -313,6 +317,7 @@ def test_a_deleted_model_makes_room_for_another(copy, monkeypatch) -> None:
     assert read_checkpoint(copy / "latest.pt").best == (second, (10, 0.0))
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_go_on(finished, copy, images, tmp_path) -> None:
     assert train("--resume", copy, "--outer.iterations", 11, "--run.checkpoint_every=1") == 0
     assert train("--out", tmp_path / "straight", *words(images, outer__iterations=11)) == 0
@@ -327,6 +332,7 @@ def test_the_learner_of_a_run_adapts(finished, images) -> None:
     assert adapted(torch.rand(4, 3, 16, 16)).shape == (4, 3)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stands(finished, copy) -> None:
     limit = (copy / "latest.pt").stat().st_size - 1
 

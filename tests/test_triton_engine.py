@@ -7,6 +7,7 @@ import pytest
 from helpers import run_interpreted
 
 
+@pytest.mark.slow
 def test_a_tiny_cxgrad_trains_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     found = run_interpreted("triton_engine_child.py")

@@ -98,6 +98,7 @@ def test_multi_step_loss(epoch: int) -> None:
     assert torch.equal(out.asked_losses[:, -1], out.query_losses.detach())
 
 
+@pytest.mark.slow
 def test_compiled_phases_have_their_own_programs() -> None:
     """The same bits as uncompiled on both sides of the change, with weights as an input of the program."""
     settings = {"inner.multi_step_iterations": 4, "inner.multi_step_epoch": 1}

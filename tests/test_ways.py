@@ -35,6 +35,7 @@ def interpreted() -> dict[str, Any]:
     return run_interpreted("triton_ways_child.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", choice.WAYS)
 def test_float64_equals_the_definition(interpreted: dict[str, Any], way: str) -> None:
     for shape in child.SHAPES:

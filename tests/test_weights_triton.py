@@ -25,6 +25,7 @@ def interpreted() -> dict[str, Any]:
     return run_interpreted("triton_weights_child.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", child.BY_NAME)
 def test_float64_equals_the_definition(name: str, interpreted: dict[str, Any]) -> None:
     assert max(interpreted["float64"][name].values()) < EXACT
@@ -83,6 +84,7 @@ def launches(architecture: str, shapes: tuple[tuple[int, ...], ...], tasks: int,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("network", ["conv4-48", "resnet12-64"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
