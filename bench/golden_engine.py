@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from golden_files import Arrays, Golden
-from golden_rules import joint, reduction
+from golden_rules import joint, network, reduction
 
 from cxgrad_fast import Config, Learner, preset, released
 from cxgrad_fast.engine import MetaLoss
@@ -53,8 +53,9 @@ def _in_order(out: MetaLoss) -> torch.Tensor:
 
 
 def _of_file(file: Golden, **inner: object) -> Config | None:
-    """The Config of a file whose network is Conv-4."""
-    if file.text("backbone", "conv4") != "conv4":
+    """The Config of a file whose network is Conv-4 or ResNet-12."""
+    model = _network(file)
+    if model is None:
         return None
     x, ways = file.episodes.support_x, file.whole("ways", default=len(file.parameters["head.bias"]))
     return preset(
@@ -65,10 +66,7 @@ def _of_file(file: Golden, **inner: object) -> Config | None:
             "task.queries": max(1, file.episodes.query_x.shape[1] // ways),
             "model.channels": x.shape[2],
             "model.image_size": x.shape[3],
-            "model.filters": len(file.parameters["features.0.weight"]),
-            "model.conv_bias": "features.0.bias" in file.parameters,
-            "model.slope": file.number("leaky_relu_slope", default=0.0),
-            "model.norm_eps": file.number("bn_eps", default=1e-5),
+            **{f"model.{name}": value for name, value in model.items()},
             "outer.reduction": reduction(file),
             "run.precision": "float64",
             "run.device": "cpu",
@@ -76,6 +74,22 @@ def _of_file(file: Golden, **inner: object) -> Config | None:
             **{f"inner.{name}": value for name, value in inner.items()},
         },
     )
+
+
+def _network(file: Golden) -> dict[str, object] | None:
+    """Settings of the file's network, its widths from the parameters; None where the engine has no such backbone."""
+    said = network(file)
+    backbone = file.text("backbone", "conv4")
+    first = {"conv4": "features.0", "resnet12": "features.0.0"}.get(backbone)
+    if first is None:
+        return None
+    model = {"backbone": backbone, "conv_bias": f"{first}.bias" in file.parameters}
+    model |= {"slope": said["slope"], "norm_eps": said["eps"]}
+    if backbone == "conv4":
+        return model | {"filters": len(file.parameters[f"{first}.weight"])}
+    filters = [len(file.parameters[f"features.{block}.0.weight"]) for block in released.BLOCKS]
+    pools = {name: said[name] for name in ("pool_last", "pool_padding")}
+    return model | pools | {"filters": filters[0], "block_filters": filters}
 
 
 def _gradient_descent(file: Golden) -> dict[str, object]:

@@ -295,7 +295,7 @@ def _resnet12(config: Config) -> list[Layer | ResidualEnd]:
     model, network = config.model, list[Layer | ResidualEnd]()
     channels, size = model.channels, model.image_size
     for block in range(4):
-        filters, name = model.filters << block, f"features.{block}"
+        filters, name = model.filters_by_block[block], f"features.{block}"
         shortcut = _convolution(f"{name}.shortcut", model, 1, channels, filters, size)
         network.append(replace(shortcut, on_images=block == 0, scaled=False))
         for index in range(3):

@@ -58,6 +58,7 @@ def test_overrides_of_every_kind() -> None:
         ("model.image_size", 15, r"setting 'model.image_size' \(=15\) pools to nothing in conv4"),
         ("model.pool_padding", "0,1", "setting 'model.pool_padding' takes four of 0 or 1"),
         ("model.pool_padding", "0,x", "takes a value of type list of whole numbers"),
+        ("model.pool_padding", "", r"'model.pool_padding' takes four of 0 or 1, one a block, got \(\)"),
         ("data.source", "folders", "takes one of 'glyphs', 'digits', 'folder'"),
         ("data.root", "", "setting 'data.root' is needed with data.source = folder"),
         ("data.root", "/data/\udcff", r"setting 'data.root' must be UTF-8 text without NUL, got '/data/\\udcff'"),
@@ -139,6 +140,33 @@ def test_settings_that_do_not_fit_together() -> None:
         preset("glyphs-5w1s", {"model.norm": "group", "model.filters": 12})
     with pytest.raises(InputError, match=r"needs model\.norm = batch"):
         preset("glyphs-5w1s", {"model.norm": "layer", "evaluation.statistics": "support"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model.backbone": "conv4"}, r"'model.block_filters' \(=4,6,8,10\) is of resnet12 alone: all layers of conv4"),
+        (
+            {"model.block_filters": "4,6,8"},
+            r"takes four numbers from 1 to 100000, one a block, or none, got \(4, 6, 8\)",
+        ),
+        ({"model.block_filters": "4,0,8,10"}, r"takes four numbers from 1 to 100000, .* got \(4, 0, 8, 10\)"),
+        ({"model.block_filters": "4,6,8,100001"}, "takes four numbers from 1 to 100000"),
+        ({"model.norm": "group", "model.norm_groups": 4}, r"'model.norm_groups' \(=4\) must divide .*block_filters"),
+        ({"model.block_filters": "1,1,1,100000", "model.image_size": 10_000}, "more memory than any machine has"),
+    ],
+)
+def test_filters_of_blocks_that_do_not_fit(settings: dict[str, object], told: str) -> None:
+    resnet12 = {"model.backbone": "resnet12", "model.block_filters": (4, 6, 8, 10)}
+    assert preset("glyphs-5w1s", resnet12).model.filters_by_block == (4, 6, 8, 10)
+    with pytest.raises(InputError, match=told):
+        preset("glyphs-5w1s", resnet12 | settings)
+
+
+def test_filters_of_blocks_double_where_none_are_given() -> None:
+    for none in ("", "[]", ()):
+        config = preset("glyphs-5w1s", {"model.backbone": "resnet12", "model.filters": 3, "model.block_filters": none})
+        assert config.model.filters_by_block == (3, 6, 12, 24)
 
 
 def test_image_sizes_that_just_do() -> None:

@@ -100,6 +100,7 @@ CASES = {
         "model.pool_last": False,
         "model.pool_padding": "0,0,1,1",
     },
+    "resnet12_other_filters": {"model.backbone": "resnet12", "model.block_filters": "3,2,5,4", "inner.steps": 1},
     "resnet12_maml_group": {
         "model.backbone": "resnet12",
         "model.filters": 2,

@@ -16,6 +16,7 @@ from cxgrad_fast.models import Network, build_backbone
         ({"model.filters": 8, "model.image_size": 28}, 8, 4),
         ({"model.filters": 5, "model.image_size": 47, "model.channels": 1}, 5 * 4, 4),
         ({"model.backbone": "resnet12", "model.filters": 64, "model.image_size": 84}, 512, 12),
+        ({"model.backbone": "resnet12", "model.block_filters": "7,3,9,5"}, 5, 12),
     ],
 )
 def test_shapes(overrides: dict[str, object], features: int, scaled: int) -> None:

@@ -32,7 +32,7 @@ CASES = {
     "resnet12": {"model.backbone": "resnet12", "model.filters": 2},
     "resnet12_released": {
         "model.backbone": "resnet12",
-        "model.filters": 2,
+        "model.block_filters": "2,4,3,5",
         "inner.initial_context_order": 2,
         "model.pool_last": False,
         "model.pool_padding": "0,0,1,1",

@@ -9,8 +9,10 @@ from cxgrad_fast.printable import shown
 
 if TYPE_CHECKING:
     from cxgrad_fast.config import Config
+    from cxgrad_fast.config.groups import ModelConfig
 
 _LARGEST_FLOAT32 = 1e38
+_MOST_FILTERS = 100_000
 _LARGEST_BATCH = 2**50  # numbers in a layer's output for all tasks at once: petabytes
 _RELEASED_TASKS = 2**32 - 10**6  # numpy's RandomState takes 32 bits, and the first task's seed is below a million
 
@@ -24,10 +26,7 @@ def check_together(config: Config) -> None:
         raise InputError(
             f"setting 'model.pool_padding' takes four of 0 or 1, one a block, got {shown(model.pool_padding)}"
         )
-    if model.norm == "group" and model.filters % model.norm_groups:
-        raise InputError(
-            f"setting 'model.norm_groups' (={model.norm_groups}) must divide 'model.filters' (={model.filters})"
-        )
+    _check_filters(model)
     if model.conv_bias and model.norm != "batch":
         raise InputError(
             f"setting 'model.conv_bias' needs model.norm = batch, which removes the biases, not {model.norm}"
@@ -53,6 +52,24 @@ def check_together(config: Config) -> None:
         )
 
 
+def _check_filters(model: ModelConfig) -> None:
+    """That every block has filters, and that their norm's groups divide them."""
+    filters, shown_filters = model.block_filters, ",".join(map(str, model.block_filters))
+    if filters and model.backbone != "resnet12":
+        raise InputError(
+            f"setting 'model.block_filters' (={shown_filters}) is of resnet12 alone: all layers of {model.backbone} "
+            "have 'model.filters'"
+        )
+    if filters and (len(filters) != 4 or not all(1 <= count <= _MOST_FILTERS for count in filters)):
+        raise InputError(
+            f"setting 'model.block_filters' takes four numbers from 1 to {_MOST_FILTERS}, one a block, or none, got "
+            f"{shown(filters)}"
+        )
+    if model.norm == "group" and any(count % model.norm_groups for count in model.filters_by_block):
+        name, value = ("block_filters", shown_filters) if filters else ("filters", model.filters)
+        raise InputError(f"setting 'model.norm_groups' (={model.norm_groups}) must divide 'model.{name}' (={value})")
+
+
 def _check_inner(config: Config) -> None:
     """Settings that only some algorithms have."""
     inner, statistics = config.inner, config.evaluation.statistics
@@ -71,7 +88,7 @@ def _check_sizes(config: Config) -> None:
     evaluated = max(evaluation.validation_tasks, evaluation.test_tasks)
     tasks = max(outer.meta_batch, min(evaluation.tasks_per_batch, evaluated))
     images = tasks * task.ways * (task.shots + task.queries)
-    if images * model.image_size**2 * max(model.channels, model.filters) > _LARGEST_BATCH:
+    if images * model.image_size**2 * max(model.channels, model.filters, *model.block_filters) > _LARGEST_BATCH:
         raise InputError(
             f"{tasks} tasks at once (outer.meta_batch, evaluation.tasks_per_batch) of {task.ways} ways, {task.shots} "
             f"shots and {task.queries} queries, {model.image_size} pixels wide, need more memory than any machine has"

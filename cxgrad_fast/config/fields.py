@@ -88,7 +88,8 @@ def _convert(wanted: Any, value: Any) -> Any:
     if wanted is float:
         return _number(value)
     if isinstance(value, str):
-        value = value.strip("[]()").split(",")
+        text = value.strip("[]() ")
+        value = text.split(",") if text else []
     parts = [_whole(part) for part in value] if isinstance(value, list | tuple) else [None]
     return None if None in parts else tuple(parts)
 

@@ -23,6 +23,7 @@ class ModelConfig:
     backbone: str = field(default="conv4", metadata=choice("conv4", "resnet12"))
     # conv4: of each layer; resnet12: of the first block, doubled by each of the three that follow
     filters: int = field(default=48, metadata=at_least(1, 100_000))
+    block_filters: tuple[int, ...] = ()  # resnet12: of each of the four blocks, instead of the doubled ones
     norm: str = field(default="batch", metadata=choice("batch", "group", "layer"))
     norm_groups: int = field(default=8, metadata=at_least(1))  # of norm = group
     norm_eps: float = field(default=1e-5, metadata=at_least(1e-30))
@@ -32,6 +33,13 @@ class ModelConfig:
     conv_bias: bool = False  # of every convolution; the norm behind it removes it from all outputs
     pool_last: bool = True  # resnet12: pool after the fourth block too (paper) or not (released ALFA program)
     pool_padding: tuple[int, ...] = (0, 0, 0, 0)  # resnet12: of each block's pool; the released program has 0,0,1,1
+
+    @property
+    def filters_by_block(self) -> tuple[int, ...]:
+        """Of each of the backbone's four blocks."""
+        if self.backbone == "conv4":
+            return (self.filters,) * 4
+        return self.block_filters or tuple(self.filters << block for block in range(4))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ BLOCKS, CONVOLUTIONS = 4, 3
 
 
 class ResNet12(Backbone):
-    """The paper's appendix B; filters double from block to block.
+    """The paper's appendix B; filters double from block to block, or are those of ``block_filters``.
 
     The twelve 3x3 convolutions are scaled, the shortcuts are adapted but not scaled. The paper pools after every block;
     the released ALFA program has ``pool_last = false`` and ``pool_padding = 0,0,1,1``.
@@ -23,8 +23,7 @@ class ResNet12(Backbone):
         super().__init__(model)
         self.parameters = {}
         channels = model.channels
-        for block in range(BLOCKS):
-            filters = model.filters << block
+        for block, filters in enumerate(model.filters_by_block):
             for index in range(CONVOLUTIONS):
                 inputs = channels if index == 0 else filters
                 self.parameters |= self._convolution(f"features.{block}.{index}", inputs, filters, scaled=True)
