@@ -7,8 +7,7 @@ Random seeded episodes of the preset's shape: no data is needed. Every side runs
 asked whether it does the same work (bench/equal_work.py); one that does not gets no figure, and the exit code is 1.
 Then all sides take turns (A B C, C B A, ...). A turn is several steps in a row, as in training: the first of them,
 whose data other processes have driven from the caches, stands apart (``cold_s`` in the result file). A side that cannot
-run, or not within its limit, keeps its row with the reason. Sides that compute MAML only are compared with ours under
---inner.algorithm maml.
+run, or not within its limit, or that does not compute the algorithm, keeps its row with the reason.
 
 Columns: episodes/s, median and 20-80 % quantiles; its ratio to the per-task loop, pair by pair; the share of the
 roofline limit (bench/roofline.py); peak memory of one step; operator calls (on CUDA: launches) of one step; seconds of
@@ -44,7 +43,8 @@ from equal_work import (
 )
 from isolated import Direct, Host, Isolated
 from measure import RESULTS, Dropped, Timing, interleave, machine, machine_line, ratio, write_result
-from sides import BASELINE, COMPILING, SIDES, Unavailable, device_of, precision_of, refusal
+from side import Unavailable, device_of
+from sides import BASELINE, COMPILING, SIDES, precision_of, refusal
 
 from cxgrad_fast import Config, InputError
 from cxgrad_fast.cli import build_config, run_command, split_settings

@@ -25,6 +25,8 @@ def limits(config: Config) -> str:
     model, inner = config.model, config.inner
     if (model.backbone, model.norm) != ("conv4", "batch"):
         return f"written for conv4 with batch norm, not {model.backbone} with {model.norm} norm"
+    if model.conv_bias:
+        return "written for convolutions without biases"
     if inner.algorithm == "cxgrad" and inner.context_update != "task":
         return "written for inner.context_update = task"
     return ""

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from measure import Dropped, count_operators, peak_memory, synchronize
-from sides import SIDES, Parameters, Side, Unavailable, device_of
+from side import Parameters, Side, Unavailable, device_of
+from sides import SIDES
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes

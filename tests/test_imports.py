@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,26 @@ def test_imports_run_one_way(path: Path) -> None:
     assert here in ALLOWED, f"new room '{here}': say what it may import"
     upward = imported_rooms(path) - ALLOWED[here] - {"config", "printable", "__version__"}
     assert not upward, f"{here} must not import {sorted(upward)}"
+
+
+BENCH = ROOT / "bench"
+
+
+def test_the_bench_has_no_circle() -> None:
+    """Nor inside functions: a module stands above those that it imports."""
+    modules = {
+        ".".join(path.relative_to(BENCH).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in BENCH.rglob("*.py")
+    }
+    below = {}
+    for name, path in modules.items():
+        found = set(imported_names(path))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        below[name] = found & set(modules)
+    order = list(TopologicalSorter(below).static_order())  # raises CycleError
+    assert order.index("side") < order.index("peers") < order.index("sides") < order.index("episodes")
 
 
 ORACLE = sorted((ROOT / "cxgrad_fast" / "reference").glob("*.py"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sides import Parameters, Side, Unavailable
+from side import Parameters, Side, Unavailable
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from functional import limits
-from sides import Parameters, Unavailable, device_of, dtype_of
+from side import Parameters, Unavailable, device_of, dtype_of
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes
@@ -36,7 +36,7 @@ def build(config: Config, episodes: Episodes, parameters: Parameters, vmap: bool
 
 
 class JaxSide:
-    """As :class:`sides.Side` says; the arrays live on JAX's default device."""
+    """As :class:`side.Side` says; the arrays live on JAX's default device."""
 
     def __init__(self, jax: Any, config: Config, episodes: Episodes, parameters: Parameters, vmap: bool) -> None:
         self._jax, self._dtype = jax, str(dtype_of(config)).removeprefix("torch.")

@@ -9,7 +9,7 @@ Its last release (0.2.0) ships C files that predate Python 3.11. To build it, in
 from __future__ import annotations
 
 import torch.nn.functional as F
-from sides import Parameters, Side
+from side import Parameters, Side
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes
