@@ -37,7 +37,7 @@ from cxgrad_fast.engine import (
     memory,
     predictions_of,
 )
-from cxgrad_fast.engine.updates import clipped, learning_rate, restart
+from cxgrad_fast.engine.updates import HYPERPARAMETERS, build_optimizer, clipped, learning_rate, restart
 from cxgrad_fast.episodes import Episodes, check_images, check_labels
 from cxgrad_fast.kernels import backends, use_backend, use_precision
 from cxgrad_fast.learner_state import Shapes, check_parameters, check_state
@@ -60,7 +60,7 @@ class Learner:
     Attributes:
         meta_parameters: name -> leaf tensor: the backbone (``features.0.weight``, ``features.0.norm.weight``,
             ``head.weight``, ...) and, for CxGrad, the network of the scaling factors (``scaler.0.weight``, ...).
-        optimizer: Adam over them, capturable state included in :meth:`state_dict`.
+        optimizer: Adam or SGD over those of them that are trained, its state included in :meth:`state_dict`.
 
     Raises:
         InputError: a device, precision, backend or mode that this version or machine does not have.
@@ -86,13 +86,9 @@ class Learner:
             name: tensor.to(self.device, self.dtype).requires_grad_()
             for name, tensor in self.algorithm.initial(generator).items()
         }
-        self._adam: dict[str, Any] = {}
-        rate = config.outer.learning_rate
-        if self.device.type == "cuda":  # the kernel that a graph can hold; there it reads its rate as a float32
-            self._adam, rate = {"fused": True, "capturable": True}, float(np.float32(rate))
         declared = self.algorithm.declared
         trained = [tensor for name, tensor in self.meta_parameters.items() if declared[name].trained]
-        self.optimizer = torch.optim.Adam(trained, lr=rate, **self._adam)
+        self.optimizer = build_optimizer(config.outer, trained, self.device)
         self._statistics = RunningStatistics(self.device)
         self._gradients: Gradients = self._loss_and_gradients
         self._sharing = SharedGradients(config, ranks)
@@ -200,7 +196,7 @@ class Learner:
             return self.engine.meta_loss(self.meta_parameters, self._checked(episodes), self._phase(iteration))
 
     def meta_step(self, episodes: Episodes, iteration: int | None = None) -> MetaLoss:
-        """One step of meta-training: meta-loss, its gradients, Adam's update. Returns the meta-loss before it.
+        """One step of meta-training: meta-loss, its gradients, the optimizer's update. Returns the meta-loss before it.
 
         With several ranks ``episodes`` are this rank's, ``ranks.shard(config.outer.meta_batch)``; all call it, and get
         the meta-loss of the whole meta-batch.
@@ -239,7 +235,7 @@ class Learner:
         if iteration and self.config.outer.restart_every and iteration % self.config.outer.restart_every == 0:
             restart(self.optimizer)
         for group in self.optimizer.param_groups:
-            group["lr"] = float(np.float32(rate)) if self._adam else rate
+            group["lr"] = float(np.float32(rate)) if group["fused"] else rate
         if self._captured is not None:
             if (pending := self._captured.start(episodes, phase)) is not None:
                 return pending
@@ -366,7 +362,7 @@ class Learner:
         if optimizer:
             saved, own = state["optimizer"], self.optimizer.state_dict()
             (group,) = own["param_groups"]  # how to compute is this device's matter, not the checkpoint's
-            group |= {name: saved["param_groups"][0][name] for name in ("lr", "betas", "eps", "weight_decay")}
+            group |= {name: saved["param_groups"][0][name] for name in HYPERPARAMETERS[self.config.outer.optimizer]}
             own["state"] = {index: _copies(moments) for index, moments in saved["state"].items()}
             self.optimizer.load_state_dict(own)
         self._prepare()

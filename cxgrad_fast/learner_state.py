@@ -12,7 +12,7 @@ from cxgrad_fast.algorithms import build_algorithm
 from cxgrad_fast.config import Config
 from cxgrad_fast.config.fields import LARGEST_NUMBER
 from cxgrad_fast.models import NORM, build_backbone
-from cxgrad_fast.schema import FLOATING, anything, items, number, odd_kind, record, refuse, table, tensor, whole
+from cxgrad_fast.schema import FLOATING, Check, anything, items, number, odd_kind, record, refuse, table, tensor, whole
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -63,7 +63,8 @@ def check_state(config: Config, state: Any, optimizer: bool = True) -> None:
     check_parameters(state["parameters"], shapes, "state")
     _check_statistics(channels, state["statistics"])
     if optimizer:
-        record(optimizer=lambda value, where: check_adam(value, trained, where))(dict(state), "state")
+        check = check_adam if config.outer.optimizer == "adam" else check_sgd
+        record(optimizer=lambda value, where: check(value, trained, where))(dict(state), "state")
 
 
 def _check_statistics(channels: Shapes, statistics: Mapping[str, Any]) -> None:
@@ -73,16 +74,27 @@ def _check_statistics(channels: Shapes, statistics: Mapping[str, Any]) -> None:
         tensor(*FLOATING, shape=(2, channels[name][-1]))(value, f"state: the statistics of '{name}'")
 
 
+_RATE = number(0, LARGEST_NUMBER)
+
+
+def check_sgd(state: Any, shapes: Sequence[Sequence[int]], where: str) -> None:
+    """As :func:`check_adam`, of ``torch.optim.SGD`` without momentum, which has nothing to go on from."""
+    _check_group(state, len(shapes), where)
+
+
+def _check_group(state: Any, count: int, where: str, **others: Check) -> list[int]:
+    """That an optimizer's state has one group, of so many parameters; their indices."""
+    group = record(lr=_RATE, weight_decay=_RATE, params=items(whole()), **others)
+    record(state=table(table(anything), whole()), param_groups=items(group, 1))(state, where)
+    indices, found = list(range(count)), state["param_groups"][0]["params"]
+    if found != indices:
+        raise refuse(f"{where}.param_groups[0].params", f"the {count} parameters", found)
+    return indices
+
+
 def check_adam(state: Any, shapes: Sequence[Sequence[int]], where: str) -> None:
     """That ``state`` is the ``state_dict()`` of ``torch.optim.Adam`` over parameters of these shapes, one group."""
-    rate, share = number(0, LARGEST_NUMBER), number(0, math.nextafter(1, 0))
-    group = record(lr=rate, betas=items(share, 2), eps=rate, weight_decay=rate, params=items(whole()))
-    record(state=table(table(anything), whole()), param_groups=items(group, 1))(state, where)
-    indices = list(range(len(shapes)))
-    if state["param_groups"][0]["params"] != indices:
-        raise refuse(
-            f"{where}.param_groups[0].params", f"the {len(shapes)} parameters", state["param_groups"][0]["params"]
-        )
+    indices = _check_group(state, len(shapes), where, betas=items(number(0, math.nextafter(1, 0)), 2), eps=_RATE)
     if state["state"] and sorted(state["state"]) != indices:
         raise refuse(f"{where}.state", f"empty or of {len(shapes)} parameters", list(state["state"]))
     for index, moments in state["state"].items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, Learner
 from cxgrad_fast.engine.captured import Captured, CaptureError, CudaGraphs, Packed, Waits
+from cxgrad_fast.engine.updates import build_optimizer
 from cxgrad_fast.learner import NonFiniteLossError
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -52,8 +53,8 @@ class Rerun:
 
 def fused(learner: Learner) -> Learner:
     """With the optimizer that a CUDA device would have, which the CPU has too."""
-    learner._adam = {"fused": True}
-    learner.optimizer = torch.optim.Adam(learner.optimizer.param_groups[0]["params"], lr=RATE, fused=True)
+    outer = replace(learner.config.outer, learning_rate=RATE)
+    learner.optimizer = build_optimizer(outer, learner.optimizer.param_groups[0]["params"], learner.device, fused=True)
     return learner
 
 
@@ -89,6 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
     "maml_group_norm": {"inner.algorithm": "maml", "model.norm": "group", "model.norm_groups": 2},
     "resnet12_chunks": {"model.backbone": "resnet12", "model.filters": 2, "run.tasks_per_chunk": 1},
     "recompute": {"run.recompute": True},
+    "sgd": {"outer.optimizer": "sgd"},
 }
 
 
@@ -145,7 +147,6 @@ def test_adam_says_nothing_of_steps_outside_a_graph(monkeypatch: pytest.MonkeyPa
     learner = fused(Learner(config_of()))
     for group in learner.optimizer.param_groups:
         group["capturable"] = True
-    learner._adam["capturable"] = True
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):

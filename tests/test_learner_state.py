@@ -13,6 +13,7 @@ from cxgrad_fast.learner_state import check_state
 SETTINGS = [
     *({"inner__algorithm": algorithm} for algorithm in ALGORITHMS),
     {"model__norm": "layer"},
+    {"outer__optimizer": "sgd"},
     {"model__conv_bias": True},
     {"model__backbone": "resnet12", "model__filters": 2, "model__image_size": 16},
 ]
@@ -48,6 +49,18 @@ def test_nothing_of_a_wrong_state_is_taken_over() -> None:
     for wrong in (None, [], {"parameters": {}}):
         with pytest.raises(ValueError, match=r"^state"):
             learner.load_state_dict(wrong)
+
+
+def test_a_state_of_another_optimizer_is_told() -> None:
+    sgd = config_of(outer__optimizer="sgd")
+    for config, other, odd in ((sgd, config_of(), "betas"), (config_of(), sgd, "")):
+        state = Learner(config).state_dict()
+        if odd:
+            with pytest.raises(ValueError, match=rf"^state.optimizer.param_groups\[0\] has no '{odd}'"):
+                check_state(other, state)
+        state["optimizer"]["param_groups"][0]["params"] = [0]
+        with pytest.raises(ValueError, match=r"^state.optimizer.param_groups\[0\].params must be the 18 parameters"):
+            check_state(config, state)
 
 
 def test_a_rate_that_was_changed_by_hand_comes_with_the_state() -> None:

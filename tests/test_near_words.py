@@ -60,8 +60,8 @@ def test_the_fields_own_words_lead_to_the_setting(word: str, setting: str) -> No
     ("word", "answer"),
     [
         ("workers", "images are in memory, no process loads them"),
-        ("wd", "the outer loop is Adam without weight decay"),
-        ("outer.weight_decay", "the outer loop is Adam without weight decay"),
+        ("wd", "the outer loop has no weight decay"),
+        ("outer.weight_decay", "the outer loop has no weight decay"),
         ("nproc", "start several processes with torchrun --nproc-per-node=N"),
     ],
 )

@@ -58,6 +58,15 @@ def test_a_meta_step_goes_by_them() -> None:
     assert any((gradient.abs() > 1e-4).any() for gradient in expected.values())
 
 
+def test_gradient_descent() -> None:
+    learner = Learner(config_of(inner__steps=1, outer__optimizer="sgd", outer__learning_rate=0.25))
+    episodes = random_episodes(learner.config)
+    gradient = gradients(learner.meta_loss(episodes).loss, learner.meta_parameters)
+    expected = {name: tensor.detach() - 0.25 * gradient[name] for name, tensor in learner.meta_parameters.items()}
+    learner.meta_step(episodes)
+    torch.testing.assert_close(dict(learner.state_dict()["parameters"]), expected, rtol=1e-14, atol=0)
+
+
 def test_adam_starts_anew() -> None:
     learner = Learner(config_of(inner__steps=1, outer__restart_every=2))
     episodes = random_episodes(learner.config)

@@ -44,8 +44,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OuterConfig:
-    """The outer loop (meta-update, Adam)."""
+    """The outer loop (meta-update)."""
 
+    # sgd: learning_rate times the meta-gradient, without momentum
+    optimizer: str = field(default="adam", metadata=choice("adam", "sgd"))
     learning_rate: float = field(default=1e-3, metadata=above(0))
     meta_batch: int = field(default=4, metadata=at_least(1))
     iterations: int = field(default=50_000, metadata=at_least(1))
@@ -62,7 +64,7 @@ class OuterConfig:
     clip_norm: float = field(default=0.0, metadata=at_least(0))  # of the whole meta-gradient; 0: none
     # what is clipped: everything, or the backbone and the head without the algorithm's own parameters
     clip: str = field(default="all", metadata=choice("all", "network"))
-    restart_every: int = field(default=0, metadata=at_least(0))  # iterations after which Adam starts anew; 0: never
+    restart_every: int = field(default=0, metadata=at_least(0))  # iterations until the optimizer starts anew; 0: never
 
 
 @dataclass(frozen=True)

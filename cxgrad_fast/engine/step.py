@@ -1,4 +1,4 @@
-"""The meta-step as one captured function: meta-loss, its gradients, Adam's update, running statistics."""
+"""The meta-step as one captured function: meta-loss, its gradients, the optimizer's update, running statistics."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ class CapturedStep:
     """Meta-steps as replays of one captured function for each shape of episodes.
 
     Args:
-        parameters: the leaves that Adam updates, in the order of ``gradients``' results.
-        optimizer: Adam over them, fused, which leaves out a step that is not finite by itself.
+        parameters: the leaves that the optimizer updates, in the order of ``gradients``' results.
+        optimizer: over them, fused, which leaves out a step that is not finite by itself.
         gradients: (parameters, episodes, phase) -> meta-loss and gradients. Nothing of it may depend on values.
         statistics: what the steps' BatchNorm statistics go to.
         graphs: what records.
@@ -130,7 +130,7 @@ class CapturedStep:
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        optimizer: torch.optim.Adam,
+        optimizer: torch.optim.Optimizer,
         gradients: Gradients,
         statistics: RunningStatistics,
         graphs: Graphs,
@@ -220,7 +220,7 @@ class CapturedStep:
             named |= {f"mean {name}": pair[0], f"variance {name}": pair[1]}
         for index, parameter in enumerate(self._parameters):
             for name, value in self._optimizer.state.get(parameter, {}).items():
-                named[f"adam {index} {name}"] = value
+                named[f"optimizer {index} {name}"] = value
         return named
 
 

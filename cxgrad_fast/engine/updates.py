@@ -1,14 +1,40 @@
-"""What stands between the meta-gradient and the optimizer: the schedule of its rate, clipping, its restarts."""
+"""From the meta-gradient to the meta-update: the optimizer, the schedule of its rate, clipping, its restarts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cxgrad_fast.config.groups import OuterConfig
+
+# what a group of parameters is trained with, of the optimizers' own names, which a state says and takes back
+HYPERPARAMETERS = {"adam": ("lr", "betas", "eps", "weight_decay"), "sgd": ("lr", "weight_decay")}
+
+
+def build_optimizer(
+    outer: OuterConfig, trained: Sequence[Tensor], device: torch.device, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that ``outer.optimizer`` names, over the parameters ``trained``.
+
+    Args:
+        outer: the settings.
+        trained: the parameters.
+        device: theirs; the form that a CUDA graph can hold is chosen there.
+        fused: that form on any device.
+    """
+    is_cuda = device.type == "cuda"
+    how: dict[str, Any] = {"fused": True} if fused or is_cuda else {}
+    rate = float(np.float32(outer.learning_rate)) if how else outer.learning_rate  # there it is read as a float32
+    if outer.optimizer == "sgd":
+        return torch.optim.SGD(trained, lr=rate, **how)
+    if is_cuda:
+        how["capturable"] = True
+    return torch.optim.Adam(trained, lr=rate, **how)
 
 
 def learning_rate(outer: OuterConfig, iteration: int | None) -> float:
