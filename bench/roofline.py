@@ -282,12 +282,12 @@ def _conv4(config: Config) -> list[Layer | ResidualEnd]:
         network.append(
             replace(
                 _convolution(f"features.{index}", model, 3, channels, model.filters, size),
-                pooled=(size // 2) ** 2,
+                pooled=model.sizes_by_block()[index] ** 2,
                 on_images=index == 0,
-                closed=index == 0 and model.norm == "batch",
+                closed=index == 0 and model.norm == "batch" and not (model.pool_ceil and size % 2),
             )
         )
-        channels, size = model.filters, size // 2
+        channels, size = model.filters, model.sizes_by_block()[index]
     return [*network, _head(config.task.ways, channels * size * size, channels * size * size)]
 
 

@@ -170,6 +170,15 @@ def test_filters_of_blocks_double_where_none_are_given() -> None:
 
 
 def test_image_sizes_that_just_do() -> None:
+    assert preset("glyphs-5w1s", {"model.image_size": 1, "model.pool_ceil": True}).model.sizes_by_block() == (
+        1,
+        1,
+        1,
+        1,
+    )
+    for name in ("pool_ceil", "channels_last"):
+        with pytest.raises(InputError, match=f"setting 'model.{name}' is of conv4 alone, not of resnet12"):
+            preset("glyphs-5w1s", {f"model.{name}": True, "model.backbone": "resnet12"})
     assert preset("glyphs-5w1s", {"model.image_size": 16}).model.image_size == 16
     small = {"model.backbone": "resnet12", "model.image_size": 8, "model.pool_last": False}
     assert preset("glyphs-5w1s", small).model.image_size == 8

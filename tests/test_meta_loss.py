@@ -91,6 +91,16 @@ CASES = {
     "maml_first_order_relu": {"inner.algorithm": "maml", "inner.order": 1, "model.slope": 0.0},
     "group_norm": {"model.norm": "group", "model.norm_groups": 2, "inner.steps": 2},
     "layer_norm": {"model.norm": "layer", "inner.steps": 2},
+    "odd_rows_kept": {"model.pool_ceil": True, "inner.steps": 2},
+    "odd_rows_kept_from_the_second_layer_on": {"model.pool_ceil": True, "inner.steps": 1, "model.image_size": 22},
+    "odd_rows_kept_group_norm": {
+        "model.pool_ceil": True,
+        "model.channels_last": True,
+        "model.norm": "group",
+        "model.norm_groups": 2,
+        "inner.steps": 1,
+    },
+    "channels_last": {"model.channels_last": True, "model.image_size": 32, "inner.steps": 1},
     "resnet12": {"model.backbone": "resnet12", "model.filters": 2, "inner.steps": 2},
     "resnet12_released": {
         "model.backbone": "resnet12",

@@ -15,6 +15,7 @@ from cxgrad_fast.models import Network, build_backbone
         ({"model.filters": 48, "model.image_size": 84}, 48 * 25, 4),
         ({"model.filters": 8, "model.image_size": 28}, 8, 4),
         ({"model.filters": 5, "model.image_size": 47, "model.channels": 1}, 5 * 4, 4),
+        ({"model.filters": 5, "model.image_size": 84, "model.pool_ceil": True}, 5 * 36, 4),
         ({"model.backbone": "resnet12", "model.filters": 64, "model.image_size": 84}, 512, 12),
         ({"model.backbone": "resnet12", "model.block_filters": "7,3,9,5"}, 5, 12),
     ],

@@ -29,6 +29,7 @@ CASES = {
     "no_step": {"inner.steps": 0, "inner.initial_context_order": 2},
     "group_norm": {"model.norm": "group", "model.norm_groups": 2},
     "five_shot_grey": {"task.shots": 5, "model.channels": 1, "task.ways": 2, "inner.steps": 1},
+    "odd_rows_kept": {"model.pool_ceil": True},
     "resnet12": {"model.backbone": "resnet12", "model.filters": 2},
     "resnet12_released": {
         "model.backbone": "resnet12",

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "step_wise": {"inner.context_update": "step"},
     "first_order": {"inner.order": 1},
     "maml": {"inner.algorithm": "maml"},
+    "odd_rows_kept": {"model.pool_ceil": True},
     "group_norm": {"model.norm": "group", "model.norm_groups": 2},
     "resnet12": {"model.backbone": "resnet12", "model.filters": 2},
     "chunks": {"run.tasks_per_chunk": 1},

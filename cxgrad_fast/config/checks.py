@@ -31,13 +31,10 @@ def check_together(config: Config) -> None:
         raise InputError(
             f"setting 'model.conv_bias' needs model.norm = batch, which removes the biases, not {model.norm}"
         )
-    size = model.image_size
-    for block in range(4):
-        if model.backbone == "conv4":
-            size //= 2
-        elif block < 3 or model.pool_last:
-            size = (size + 2 * model.pool_padding[block]) // 2
-    if size < 1:
+    for name in ("pool_ceil", "channels_last"):
+        if getattr(model, name) and model.backbone != "conv4":
+            raise InputError(f"setting 'model.{name}' is of conv4 alone, not of {model.backbone}")
+    if model.sizes_by_block()[-1] < 1:
         raise InputError(
             f"setting 'model.image_size' (={model.image_size}) pools to nothing in {model.backbone}: use at least 16"
         )

@@ -31,6 +31,8 @@ class ModelConfig:
     image_size: int = field(default=84, metadata=at_least(1, 10_000))
     channels: int = field(default=3, metadata=choice(1, 3))
     conv_bias: bool = False  # of every convolution; the norm behind it removes it from all outputs
+    pool_ceil: bool = False  # conv4: the pools keep an odd last row and column (the released Reptile)
+    channels_last: bool = False  # conv4: features are flattened (H, W, C), not (C, H, W) (the released Reptile)
     pool_last: bool = True  # resnet12: pool after the fourth block too (paper) or not (released ALFA program)
     pool_padding: tuple[int, ...] = (0, 0, 0, 0)  # resnet12: of each block's pool; the released program has 0,0,1,1
 
@@ -40,6 +42,18 @@ class ModelConfig:
         if self.backbone == "conv4":
             return (self.filters,) * 4
         return self.block_filters or tuple(self.filters << block for block in range(4))
+
+    def sizes_by_block(self) -> tuple[int, ...]:
+        """Rows, and as many columns, of the images behind each of the backbone's four blocks."""
+        sizes = [self.image_size]
+        for block in range(4):
+            if self.backbone == "conv4":
+                sizes.append((sizes[-1] + self.pool_ceil) // 2)
+            elif block < 3 or self.pool_last:
+                sizes.append((sizes[-1] + 2 * self.pool_padding[block]) // 2)
+            else:
+                sizes.append(sizes[-1])
+        return tuple(sizes[1:])
 
 
 @dataclass(frozen=True)

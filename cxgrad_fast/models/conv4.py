@@ -12,19 +12,23 @@ DEPTH = 4
 
 
 class Conv4(Backbone):
-    """Vinyals et al. 2016, as in the released program: features flattened (C, H, W)."""
+    """Vinyals et al. 2016, as in the released program: features flattened (C, H, W).
+
+    ``pool_ceil`` and ``channels_last`` are what the released Reptile has instead.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        self.first_layer = "features.0" if model.norm == "batch" else None
+        is_fused = model.norm == "batch" and not (model.pool_ceil and model.image_size % 2)
+        self.first_layer = "features.0" if is_fused else None
         self.parameters = {}
-        channels, size = model.channels, model.image_size
+        channels = model.channels
         for layer in range(DEPTH):
             self.parameters |= self._convolution(f"features.{layer}", channels, model.filters, scaled=True)
-            channels, size = model.filters, size // 2
-        self.width = channels * size * size
+            channels = model.filters
+        self.width = channels * model.sizes_by_block()[-1] ** 2
 
     def features(self, net: Network, x: Tensor) -> Tensor:
         for layer in range(DEPTH):
             x = net.block(f"features.{layer}", x, slope=self.model.slope, pool=True)
-        return x.flatten(2)
+        return x.permute(0, 1, 3, 4, 2).flatten(2) if self.model.channels_last else x.flatten(2)

@@ -104,7 +104,9 @@ class Network:
         self.statistics: dict[str, LayerStatistics] = {}
 
     def block(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
-        """Convolution ``name``, its norm, 2x2 max-pooling (odd last row and column dropped) and LeakyReLU.
+        """Convolution ``name``, its norm, 2x2 max-pooling and LeakyReLU.
+
+        An odd last row and column are dropped, or with ``pool_ceil`` kept.
 
         Args:
             name: of the convolution.
@@ -129,6 +131,9 @@ class Network:
 
     def _convolve(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
         model, weights = self._model, self._weights
+        if pool and model.pool_ceil and (x.shape[3] % 2 or x.shape[4] % 2):  # pool and activation may change places
+            y = self._convolve(name, x, slope=slope, pool=False)
+            return F.max_pool2d(y.flatten(0, 1), 2, ceil_mode=True).unflatten(0, y.shape[:2])
         bias = weights.get(f"{name}.bias")
         operands = (weights[f"{name}.weight"], weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
         eps = self._eps.get(name, model.norm_eps)

@@ -79,6 +79,8 @@ def features(
     norm_groups: int = 1,
     pool_last: bool = True,
     pool_padding: Sequence[int] = (0, 0, 0, 0),
+    pool_ceil: bool = False,
+    channels_last: bool = False,
     given: Mapping[str, Statistics] | None = None,
     found: dict[str, Statistics] | None = None,
 ) -> Tensor:
@@ -93,6 +95,8 @@ def features(
         eps, norm, norm_groups, given, found: as :func:`conv_norm`.
         pool_last: resnet12: pool after the fourth block too.
         pool_padding: resnet12: of each block's pool, with minus infinity.
+        pool_ceil: conv4: the pools keep an odd last row and column.
+        channels_last: conv4: flattened (H, W, C).
     """
 
     def convolved(name: str, x: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ def features(
 
     for block in range(4):
         if backbone == "conv4":
-            x = F.max_pool2d(F.leaky_relu(convolved(f"features.{block}", x), slope), 2)
+            x = F.max_pool2d(F.leaky_relu(convolved(f"features.{block}", x), slope), 2, ceil_mode=pool_ceil)
             continue
         shortcut = convolved(f"features.{block}.shortcut", x)
         x = F.leaky_relu(convolved(f"features.{block}.0", x), slope)
@@ -108,7 +112,9 @@ def features(
         x = F.leaky_relu(convolved(f"features.{block}.2", x) + shortcut, slope)
         if block < 3 or pool_last:
             x = F.max_pool2d(x, 2, padding=pool_padding[block])
-    return x.flatten(1) if backbone == "conv4" else x.mean((2, 3))
+    if backbone != "conv4":
+        return x.mean((2, 3))
+    return x.permute(0, 2, 3, 1).flatten(1) if channels_last else x.flatten(1)
 
 
 def head(theta: Mapping[str, Tensor], z: Tensor) -> Tensor:

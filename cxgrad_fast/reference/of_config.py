@@ -101,4 +101,6 @@ def _of_config(config: Any, iteration: int | None) -> tuple[Rule, dict[str, Any]
         "backbone": model.backbone,
         "pool_last": model.pool_last,
         "pool_padding": model.pool_padding,
+        "pool_ceil": model.pool_ceil,
+        "channels_last": model.channels_last,
     }
