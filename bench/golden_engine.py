@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 from golden_files import Arrays, Golden
-from golden_rules import joint, network, reduction
+from golden_rules import joint, network, protonet_form, reduction, ways
 
 from cxgrad_fast import Config, Learner, preset, released
 from cxgrad_fast.engine import MetaLoss
 
 EPOCH = 500  # iterations, in the released MAML++
+WITHOUT_INNER_LOOP = ("protonet", "matchingnet", "relationnet")
 
 
 def engine(file: Golden) -> Arrays | None:
@@ -20,9 +21,18 @@ def engine(file: Golden) -> Arrays | None:
     Raises:
         InputError: a setting that the algorithm needs is missing or of the wrong type.
     """
-    configure = _ALGORITHMS.get(file.family)
-    config = configure(file) if configure else None
+    config = config_for(file)
     return None if config is None else _by_learner(file, config)
+
+
+def config_for(file: Golden) -> Config | None:
+    """The Config that ``file`` asks for; None where the engine has no such algorithm or network.
+
+    Raises:
+        InputError: as :func:`engine`.
+    """
+    configure = _ALGORITHMS.get(file.family)
+    return configure(file) if configure else None
 
 
 def _by_learner(file: Golden, config: Config) -> Arrays:
@@ -32,6 +42,7 @@ def _by_learner(file: Golden, config: Config) -> Arrays:
     out = learner.meta_loss(file.episodes, iteration)
     parameters = learner.meta_parameters
     gradients = torch.autograd.grad(out.loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    scored = _scored(file, learner) if file.family in WITHOUT_INNER_LOOP else {}
     adapted = {}  # where the query images are needed to adapt, there is nothing to look at before they come
     if not learner.algorithm.joint:
         adapted = learner.adapt(file.episodes.support_x, file.episodes.support_y).state.fast
@@ -41,7 +52,23 @@ def _by_learner(file: Golden, config: Config) -> Arrays:
         "query_logits": out.query_logits,
         **file.under("grad", dict(zip(parameters, gradients, strict=True))),
         **file.under("adapted", adapted),
+        **scored,
     }
+
+
+def _scored(file: Golden, learner: Learner) -> Arrays:
+    """The running statistics after a meta-step a task, as the programs train, and the logits under them."""
+    parameters = learner.state_dict()["parameters"]
+    for task in range(len(file.episodes)):
+        learner.meta_step(file.episodes[task : task + 1])
+        learner.load_state_dict(learner.state_dict() | {"parameters": parameters})  # as before the step
+    running = {
+        f"{layer}.norm.running_{part}": value
+        for layer, pair in learner.running_statistics.items()
+        for part, value in zip(("mean", "var"), pair, strict=True)
+    }
+    logits = learner.predict(file.episodes, "running")
+    return {"eval_query_logits": logits, **file.under("buffer_after", running)}
 
 
 def _in_order(out: MetaLoss) -> torch.Tensor:
@@ -54,23 +81,25 @@ def _in_order(out: MetaLoss) -> torch.Tensor:
 
 def _of_file(file: Golden, **inner: object) -> Config | None:
     """The Config of a file whose network is Conv-4 or ResNet-12."""
+    if file.family not in WITHOUT_INNER_LOOP:
+        inner["order"] = 1 + file.flag("second_order", default=file.family != "fomaml")
     model = _network(file)
     if model is None:
         return None
-    x, ways = file.episodes.support_x, file.whole("ways", default=len(file.parameters["head.bias"]))
+    x = file.episodes.support_x
+    classes = ways(file) if file.family in WITHOUT_INNER_LOOP else len(file.parameters["head.bias"])
     return preset(
         "released-mini-5w1s",
         {
-            "task.ways": ways,
-            "task.shots": max(1, x.shape[1] // ways),
-            "task.queries": max(1, file.episodes.query_x.shape[1] // ways),
+            "task.ways": classes,
+            "task.shots": max(1, x.shape[1] // classes),
+            "task.queries": max(1, file.episodes.query_x.shape[1] // classes),
             "model.channels": x.shape[2],
             "model.image_size": x.shape[3],
             **{f"model.{name}": value for name, value in model.items()},
             "outer.reduction": reduction(file),
             "run.precision": "float64",
             "run.device": "cpu",
-            "inner.order": 1 + file.flag("second_order", default=file.family != "fomaml"),
             **{f"inner.{name}": value for name, value in inner.items()},
         },
     )
@@ -175,6 +204,14 @@ def _modgrad(file: Golden) -> Config | None:
     )
 
 
+def _protonet(file: Golden) -> Config | None:
+    return _metric(file, **protonet_form(file))
+
+
+def _metric(file: Golden, **inner: object) -> Config | None:
+    return _of_file(file, algorithm=file.family, statistics_momentum=file.number("bn_momentum", default=0.1), **inner)
+
+
 _ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
     "alfa": _alfa,
     "anil": _anil,
@@ -187,4 +224,5 @@ _ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
     "mamlpp": _mamlpp,
     "metasgd": _metasgd,
     "modgrad": _modgrad,
+    "protonet": _protonet,
 }

@@ -189,13 +189,14 @@ def joint(file: Golden, usual: bool) -> bool:
     return "together" in file.text("batch_statistics", "together" if usual else "apart")
 
 
-def _ways(file: Golden) -> int:
+def ways(file: Golden) -> int:
+    """The classes of a task."""
     return file.whole("ways", default=int(file.episodes.support_y.max()) + 1)
 
 
 def _metric(file: Golden, rule: Rule, **settings: Any) -> Arrays:
     """The tasks in training mode, then scored again under the running statistics that this left."""
-    settings |= {"ways": _ways(file), **network(file)}
+    settings |= {"ways": ways(file), **network(file)}
     arrays, found = run(file, rule, **settings)
     passes = [each for task in found["passes"] for each in task]
     widths = {layer: mean for each in passes for layer, (mean, _) in each.items()}
@@ -210,12 +211,17 @@ def _metric(file: Golden, rule: Rule, **settings: Any) -> Arrays:
     return arrays | file.under("buffer_after", _by_name(running)) | {"eval_query_logits": scored["query_logits"]}
 
 
-def _protonet(file: Golden) -> Arrays:
+def protonet_form(file: Golden) -> Settings:
+    """What files of ProtoNet say about its form, by the names of the settings."""
     easyfsl = file.table is released.EASYFSL
     usual = "cosine" if file.algorithm.endswith("cosine") else "euclidean" if easyfsl else "squared"
     said = file.text("distance", usual)
     distance = "cosine" if "cos" in said else "squared" if said.startswith("squared") else "euclidean"
-    return _metric(file, protonet, distance=distance, joint=joint(file, not easyfsl))
+    return {"distance": distance, "joint": joint(file, not easyfsl)}
+
+
+def _protonet(file: Golden) -> Arrays:
+    return _metric(file, protonet, **protonet_form(file))
 
 
 def _matchingnet(file: Golden) -> Arrays:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from cxgrad_fast.config import ALGORITHMS, PRESETS, Config, InnerConfig, InputError, all_settings, from_toml, preset
+from cxgrad_fast.config.fields import settings_of
 from cxgrad_fast.engine.memory import is_out_of_memory
 from cxgrad_fast.near_words import advice
 from cxgrad_fast.printable import one_line, shown
@@ -143,7 +144,7 @@ def _settings_help(config: Config) -> str:
             continue
         lines.append("")
         values = getattr(config, group.name)
-        for spec in dataclasses.fields(values):
+        for spec in settings_of(values):
             value = getattr(values, spec.name)
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             choices = tuple(ALGORITHMS) if spec.name == "algorithm" else spec.metadata.get("choices")
@@ -156,10 +157,10 @@ def _settings_help(config: Config) -> str:
 
 def _other_algorithms(inner: InnerConfig) -> list[str]:
     """A line for each algorithm that has settings which the one shown does not have."""
-    shown = {spec.name for spec in dataclasses.fields(inner)}
+    shown = {spec.name for spec in settings_of(inner)}
     lines = []
     for name, kind in ALGORITHMS.items():
-        own = [f"--inner.{spec.name} {spec.default}" for spec in dataclasses.fields(kind) if spec.name not in shown]
+        own = [f"--inner.{spec.name} {spec.default}" for spec in settings_of(kind) if spec.name not in shown]
         if own:
             lines.append(f"  with --inner.algorithm {name} also: {' '.join(own)}")
     return lines

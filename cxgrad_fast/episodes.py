@@ -118,6 +118,7 @@ class EpisodeSampler:
         pool: the images, on the device where episodes are wanted.
         config: reads ``task``, ``model.channels``, ``data.sampler``, ``data.normalize`` and ``run.seed``.
         dtype: of the images.
+        training: whether they are the tasks of meta-training, where these differ (``task.train_ways`` and so on).
 
     ``data.sampler = counter`` takes its numbers from the raw Philox stream keyed by (seed, split, i), which numpy
     guarantees never to change; ``released`` repeats the released program's draws (its classes and images for its
@@ -128,19 +129,25 @@ class EpisodeSampler:
         InputError: fewer classes than ways, or a class with fewer images than shots + queries (named).
     """
 
-    def __init__(self, pool: ImagePool, config: Config, dtype: torch.dtype = torch.float32) -> None:
-        task = config.task
+    def __init__(
+        self, pool: ImagePool, config: Config, dtype: torch.dtype = torch.float32, *, training: bool = False
+    ) -> None:
+        task = config.task.of_training() if training else config.task
+        ways, shots, queries = (
+            f"task.train_{word}" if training and getattr(config.task, f"train_{word}") else f"task.{word}"
+            for word in ("ways", "shots", "queries")
+        )
         sizes = pool.class_sizes.tolist()
         if len(sizes) < task.ways:
             raise InputError(
-                f"task.ways (={task.ways}) is more than the {len(sizes)} classes of {pool.source}, split '{pool.split}'"
+                f"{ways} (={task.ways}) is more than the {len(sizes)} classes of {pool.source}, split '{pool.split}'"
             )
         needed = task.shots + task.queries
         for name, size in zip(pool.class_names, sizes, strict=True):
             if size < needed:
                 raise InputError(
                     f"class '{name}' of {pool.source}, split '{pool.split}', has {size} images; "
-                    f"task.shots + task.queries (={task.shots} + {task.queries}) needs {needed}"
+                    f"{shots} + {queries} (={task.shots} + {task.queries}) needs {needed}"
                 )
         self.pool, self.dtype, self._task = pool, dtype, task
         self._sizes = np.array(sizes)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cxgrad_fast.checkpoints import read_checkpoint
 from cxgrad_fast.cli import Parser, Progress, add_config_options, build_config, run_command
-from cxgrad_fast.config import Config, InputError, preset
+from cxgrad_fast.config import Config, InputError, MetricConfig, preset
 from cxgrad_fast.data import open_pool
 from cxgrad_fast.engine import ALONE, Ranks
 from cxgrad_fast.episodes import SPLITS, EpisodeSampler
@@ -35,6 +35,12 @@ _MEANING = {
     "each is answered by itself (inductive)",
     "running": "query images are normalised with averages that meta-training gathered over its query passes: "
     "each is answered by itself (inductive)",
+}
+_MEANING_WITHOUT_INNER_LOOP = _MEANING | {
+    "transductive": "the images of a task are normalised as in meta-training, its query images together: "
+    "an answer depends on the other queries of its task (transductive)",
+    "running": "support and query images are normalised with averages that meta-training gathered over its passes: "
+    "each query is answered by itself (inductive)",
 }
 
 
@@ -206,7 +212,8 @@ def explain_statistics(config: Config) -> str:
     """One line: where the normalisation of the query pass has its statistics from."""
     if config.model.norm != "batch":
         return f"{config.model.norm} norm: every image is normalised by itself"
-    return f"BatchNorm, {config.evaluation.statistics}: {_MEANING[config.evaluation.statistics]}"
+    meaning = _MEANING_WITHOUT_INNER_LOOP if isinstance(config.inner, MetricConfig) else _MEANING
+    return f"BatchNorm, {config.evaluation.statistics}: {meaning[config.evaluation.statistics]}"
 
 
 def _print(as_json: bool, result: Score, config: Config, source: str, split: str, models: Sequence[str]) -> None:

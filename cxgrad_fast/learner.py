@@ -40,7 +40,7 @@ from cxgrad_fast.engine import (
 from cxgrad_fast.engine.updates import HYPERPARAMETERS, build_optimizer, clipped, learning_rate, restart
 from cxgrad_fast.episodes import Episodes, check_images, check_labels
 from cxgrad_fast.kernels import backends, use_backend, use_precision
-from cxgrad_fast.learner_state import Shapes, check_parameters, check_state
+from cxgrad_fast.learner_state import arrays_of, check_parameters, check_state, names_in, program_of
 from cxgrad_fast.models import OWN, LayerStatistics, build_backbone
 from cxgrad_fast.placement import device_of, dtype_of
 from cxgrad_fast.printable import shown
@@ -89,7 +89,7 @@ class Learner:
         declared = self.algorithm.declared
         trained = [tensor for name, tensor in self.meta_parameters.items() if declared[name].trained]
         self.optimizer = build_optimizer(config.outer, trained, self.device)
-        self._statistics = RunningStatistics(self.device)
+        self._statistics = RunningStatistics(self.device, self.algorithm.running_share)
         self._gradients: Gradients = self._loss_and_gradients
         self._sharing = SharedGradients(config, ranks)
         self._captured: CapturedStep | None = None
@@ -126,9 +126,10 @@ class Learner:
 
     @property
     def running_statistics(self) -> dict[str, LayerStatistics]:
-        """Mean and variance ``[C]`` of each convolution's BatchNorm input in the query passes, averaged over them.
+        """Mean and variance ``[C]`` of each BatchNorm's input, averaged, by convolution; for ``statistics = running``.
 
-        Exponentially, with momentum 0.01 once there are a hundred meta-steps; what ``statistics = running`` uses.
+        Of the query passes, exponentially, with momentum 0.01 once there are a hundred meta-steps; of algorithms
+        without an inner loop of all passes, with the momentum of their settings.
         """
         return self._statistics.values
 
@@ -160,7 +161,7 @@ class Learner:
 
     def _rehearse(self, tasks: int) -> None:
         """The work of a meta-step, on the host's operators: those of a device keep the same tensors."""
-        task, model = self.config.task, self.config.model
+        task, model = self.config.task.of_training(), self.config.model
 
         def part(per_class: int) -> tuple[Tensor, Tensor]:
             shape = (tasks, task.ways * per_class)
@@ -185,15 +186,16 @@ class Learner:
         """Loss, logits and trace of a batch of tasks; ``loss`` is differentiable in ``meta_parameters``.
 
         Args:
-            episodes: ``T`` tasks of ``config.task.ways`` classes, images ``[C, H, W]`` as the config says. Moved to
-                the learner's device and precision.
+            episodes: ``T`` tasks of ``config.task.of_training().ways`` classes, images ``[C, H, W]`` as the config
+                says. Moved to the learner's device and precision.
             iteration: as for :meth:`meta_step`.
 
         Raises:
             ValueError: wrong shapes, no task, labels out of range (name, expected, got).
         """
         with self._operators():
-            return self.engine.meta_loss(self.meta_parameters, self._checked(episodes), self._phase(iteration))
+            episodes = self._checked(episodes, training=True)
+            return self.engine.meta_loss(self.meta_parameters, episodes, self._phase(iteration))
 
     def meta_step(self, episodes: Episodes, iteration: int | None = None) -> MetaLoss:
         """One step of meta-training: meta-loss, its gradients, the optimizer's update. Returns the meta-loss before it.
@@ -230,7 +232,7 @@ class Learner:
 
     def _start_step(self, episodes: Episodes, iteration: int | None) -> Pending:
         has_work = self._sharing.has_work(episodes)
-        episodes = self._checked(episodes) if has_work else episodes.to(self.device, self.dtype)
+        episodes = self._checked(episodes, training=True) if has_work else episodes.to(self.device, self.dtype)
         phase, rate = self._phase(iteration), learning_rate(self.config.outer, iteration)
         if iteration and self.config.outer.restart_every and iteration % self.config.outer.restart_every == 0:
             restart(self.optimizer)
@@ -291,9 +293,9 @@ class Learner:
         """Query logits ``[T, N*Q, N]`` after adaptation to each support set, without a graph.
 
         Args:
-            episodes: as for :meth:`meta_loss`.
-            statistics: of BatchNorm in the query pass: ``transductive`` (the query images of a task together, as the
-                released program does), ``support`` or ``running``; None takes ``config.evaluation.statistics``.
+            episodes: as for :meth:`meta_loss`, of ``config.task.ways`` classes.
+            statistics: of BatchNorm in the query pass: ``transductive`` (the images of a task together, as in
+                meta-training), ``support`` or ``running``; None takes ``config.evaluation.statistics``.
 
         Raises:
             InputError: ``running`` without any meta-training, or statistics for a norm that has none.
@@ -354,11 +356,7 @@ class Learner:
         """
         check_state(self.config, state, optimizer)
         self._assign(state["parameters"])
-        self._statistics = RunningStatistics(self.device)
-        self._statistics.steps.fill_(state["steps_averaged"])
-        for name, pair in state["statistics"].items():
-            mean, variance = pair.to(self.device, self.dtype).clone().unbind()
-            self._statistics.values[name] = (mean, variance)
+        self._take_statistics(state["statistics"], state["steps_averaged"])
         if optimizer:
             saved, own = state["optimizer"], self.optimizer.state_dict()
             (group,) = own["param_groups"]  # how to compute is this device's matter, not the checkpoint's
@@ -373,34 +371,39 @@ class Learner:
         Raises:
             InputError: that program has no such parameter: it has another backbone.
         """
-        table, algorithm = self.algorithm.released, self.config.inner.algorithm
-        if odd := [name for name in self.meta_parameters if name not in table]:
-            raise InputError(f"the released program of {algorithm} has no parameter like our '{odd[0]}'")
-        return {name: table[name] for name in self.meta_parameters}
+        return names_in(self.algorithm.released, self.meta_parameters, self.config.inner.algorithm)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> None:
         """Take the parameters of a checkpoint of the released program, under its own names.
 
         Args:
-            state_dict: name -> tensor or array. Entries that are no parameters of ours are passed over: running
-                statistics, per-step learning rates, and convolution biases before a batch norm, which removes them.
+            state_dict: name -> tensor or array. Running statistics are taken over where the algorithm has the same
+                (those without an inner loop). Other entries that are no parameters of ours are passed over: per-step
+                learning rates, and convolution biases before a batch norm, which removes them.
 
         Raises:
             ValueError: a parameter is missing, has another shape or is not floating point (named).
         """
-        values: dict[str, Any] = {}
-        for name, theirs in self.released_names().items():
-            if theirs not in state_dict:
-                raise ValueError(f"released checkpoint has no '{theirs}' (our {name})")
-            value = state_dict[theirs]
-            is_array = isinstance(value, np.ndarray) and value.dtype.name in ("float16", "float32", "float64")
-            values[name] = torch.tensor(value) if is_array else value
-        check_parameters(values, self._shapes(), "released checkpoint")
+        names, running = program_of(self.algorithm, state_dict)
+        values, shapes = arrays_of(state_dict, names), self._shapes()
+        for layer, pair in running.items():
+            shapes |= dict.fromkeys(pair, shapes[f"{layer}.norm.weight"])
+        check_parameters(values, shapes, "released checkpoint")
         self._assign(values)
-        self._statistics = RunningStatistics(self.device)
+        self._take_statistics(
+            {layer: torch.stack([values[name] for name in pair]) for layer, pair in running.items()}, bool(running)
+        )
         self._prepare()
 
-    def _shapes(self) -> Shapes:
+    def _take_statistics(self, statistics: Mapping[str, Tensor], steps: int) -> None:
+        """Mean and variance ``[2, C]`` by convolution, of so many meta-steps."""
+        self._statistics = RunningStatistics(self.device, self.algorithm.running_share)
+        self._statistics.steps.fill_(steps)
+        for name, pair in statistics.items():
+            mean, variance = pair.to(self.device, self.dtype).clone().unbind()
+            self._statistics.values[name] = (mean, variance)
+
+    def _shapes(self) -> dict[str, Sequence[int]]:
         return {name: tensor.shape for name, tensor in self.meta_parameters.items()}
 
     def _assign(self, values: Mapping[str, Tensor]) -> None:
@@ -421,20 +424,22 @@ class Learner:
             raise InputError("statistics = running needs the averages of meta-training; this learner has none")
         return statistics
 
-    def _checked(self, episodes: Episodes) -> Episodes:
+    def _checked(self, episodes: Episodes, training: bool = False) -> Episodes:
         """The episodes on the learner's device and in its precision, if they are what the config says."""
         if not isinstance(episodes, Episodes):
             raise ValueError(f"episodes must be Episodes, got {type(episodes).__name__}")
         if not len(episodes):
             raise ValueError("episodes must hold at least one task, got none")
         self._check_image("support_x", episodes.support_x)
-        self._check_labels(episodes)
+        self._check_labels(episodes, training)
         episodes = episodes.to(self.device, self.dtype)
         parts = {name: getattr(episodes, name) for name in ("support_x", "support_y", "query_x", "query_y")}
         return replace(episodes, **{name: tensor.clone() for name, tensor in parts.items() if tensor.is_inference()})
 
-    def _check_labels(self, episodes: Episodes) -> None:
-        ways = self.config.task.ways
+    def _check_labels(self, episodes: Episodes, training: bool) -> None:
+        task = self.config.task
+        ways = task.of_training().ways if training else task.ways
+        setting = "task.train_ways" if training and task.train_ways else "task.ways"
         for name, y in (("support_y", episodes.support_y), ("query_y", episodes.query_y)):
             if not y.numel():
                 raise ValueError(f"{name} must hold at least one image a task, got {list(y.shape)}")
@@ -444,7 +449,7 @@ class Learner:
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= ways:
                 raise ValueError(
-                    f"{name} must hold labels 0 to {ways - 1} (task.ways = {ways}), got {low if low < 0 else high}"
+                    f"{name} must hold labels 0 to {ways - 1} ({setting} = {ways}), got {low if low < 0 else high}"
                 )
 
     def _check_image(self, name: str, x: Tensor) -> None:

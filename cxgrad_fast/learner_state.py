@@ -1,20 +1,83 @@
-"""What the state of a Learner must look like under a Config: names, shapes and types, known without making one."""
+"""What the state of a Learner must look like under a Config, and what released checkpoints call its parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from cxgrad_fast.algorithms import build_algorithm
-from cxgrad_fast.config import Config
+from cxgrad_fast.algorithms import Algorithm, build_algorithm
+from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.config.fields import LARGEST_NUMBER
-from cxgrad_fast.models import NORM, build_backbone
+from cxgrad_fast.models import NORM, Parameter, build_backbone
 from cxgrad_fast.schema import FLOATING, Check, anything, items, number, odd_kind, record, refuse, table, tensor, whole
 
 Shapes = Mapping[str, Sequence[int]]
+
+
+def names_in(table: Mapping[str, str], parameters: Iterable[str], algorithm: str) -> dict[str, str]:
+    """Our names of parameters -> a released program's.
+
+    Raises:
+        InputError: that program has no such parameter: it has another backbone.
+    """
+    names = list(parameters)
+    if odd := [name for name in names if name not in table]:
+        raise InputError(f"the released program of {algorithm} has no parameter like our '{odd[0]}'")
+    return {name: table[name] for name in names}
+
+
+def program_of(algorithm: Algorithm, state_dict: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Our names -> those of the released program whose checkpoint this is, and those of the running statistics in it.
+
+    Returns:
+        the names of all parameters and, where the algorithm has the program's running statistics, of these; by
+        convolution our names of mean and variance among them.
+
+    Raises:
+        InputError: as :func:`names_in`.
+    """
+    kind = algorithm.config.algorithm
+    names = names_in(algorithm.released, algorithm.declared, kind)
+    chosen = algorithm.released
+    for other in algorithm.also_released:
+        if set(algorithm.declared) <= set(other) and {other[name] for name in algorithm.declared} <= set(state_dict):
+            names, chosen = names_in(other, algorithm.declared, kind), other
+    running = {
+        layer: [f"{layer}.norm.running_{part}" for part in ("mean", "var")]
+        for layer in normalised(algorithm.declared)
+        if algorithm.running_share(layer) is not None
+    }
+    moving = {name: chosen[name] for pair in running.values() for name in pair}
+    if not moving or not set(moving.values()) <= set(state_dict):
+        return names, {}
+    return names | moving, running
+
+
+def arrays_of(state_dict: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The entries of a released checkpoint by our names, arrays as tensors.
+
+    Raises:
+        ValueError: one is missing (named).
+    """
+    values: dict[str, Any] = {}
+    for name, theirs in names.items():
+        if theirs not in state_dict:
+            raise ValueError(f"released checkpoint has no '{theirs}' (our {name})")
+        value = state_dict[theirs]
+        is_array = isinstance(value, np.ndarray) and value.dtype.name in ("float16", "float32", "float64")
+        values[name] = torch.tensor(value) if is_array else value
+    return values
+
+
+def normalised(declared: Mapping[str, Parameter]) -> dict[str, Sequence[int]]:
+    """The convolutions that a norm follows -> its shape, ``[C]`` or ``[steps, C]``."""
+    end = ".norm.weight"
+    return {name.removesuffix(end): p.shape for name, p in declared.items() if p.role == NORM and name.endswith(end)}
 
 
 def check_parameters(values: Mapping[str, Any], shapes: Shapes, where: str) -> None:
@@ -51,17 +114,13 @@ def check_state(config: Config, state: Any, optimizer: bool = True) -> None:
     declared = build_algorithm(config, build_backbone(config.model)).declared
     shapes = {name: parameter.shape for name, parameter in declared.items()}
     trained = [parameter.shape for parameter in declared.values() if parameter.trained]
-    end = ".norm.weight"
-    channels = {
-        name.removesuffix(end): p.shape for name, p in declared.items() if p.role == NORM and name.endswith(end)
-    }
     record(
         parameters=table(anything),
         statistics=table(anything),
         steps_averaged=whole(),
     )(dict(state), "state")
     check_parameters(state["parameters"], shapes, "state")
-    _check_statistics(channels, state["statistics"])
+    _check_statistics(normalised(declared), state["statistics"])
     if optimizer:
         check = check_adam if config.outer.optimizer == "adam" else check_sgd
         record(optimizer=lambda value, where: check(value, trained, where))(dict(state), "state")

@@ -191,7 +191,9 @@ def _open_session(config: Config, ranks: Ranks) -> Session:
     fingerprints = {part: pool.fingerprint() for part, pool in pools.items()}
     for part in ("train", "val"):
         pools[part] = pools[part].to(learner.device)  # the others are used once, at the end
-    samplers = {part: EpisodeSampler(pool, config, learner.dtype) for part, pool in pools.items()}
+    samplers = {
+        part: EpisodeSampler(pool, config, learner.dtype, training=part == "train") for part, pool in pools.items()
+    }
     return Session(config, learner, samplers, fingerprints, source_version(), ranks)
 
 

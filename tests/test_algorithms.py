@@ -29,6 +29,8 @@ from torch import Tensor
 from cxgrad_fast import Config, Episodes, EpisodeSampler, InputError, Learner
 from cxgrad_fast.algorithms import ALGORITHMS
 from cxgrad_fast.checkpoints import read_checkpoint
+from cxgrad_fast.config import ALGORITHMS as CONFIGS
+from cxgrad_fast.config import MetricConfig
 from cxgrad_fast.data.pool import ImagePool
 from cxgrad_fast.engine import join_ranks, prediction, static
 from cxgrad_fast.evaluate import predict_tasks
@@ -53,6 +55,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mamlpp": {},
     "metasgd": {},
     "modgrad": {"inner.steps": 3, "inner.mixtures": 2},  # the third round is the first whose context has moved twice
+    "protonet": {},
+    "protonet_euclidean_apart": {"inner.distance": "euclidean", "inner.joint": False},
+    "protonet_cosine": {"inner.distance": "cosine"},
 }
 START = 0  # iteration: MAML++ asks the query set after every step
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
@@ -62,9 +67,15 @@ def algorithm_of(variant: str) -> str:
     return max((name for name in ALGORITHMS if variant.startswith(name)), key=len)
 
 
+def is_metric(variant: str) -> bool:
+    """Without an inner loop, and its settings."""
+    return issubclass(CONFIGS[algorithm_of(variant)], MetricConfig)
+
+
 def tiny(variant: str, **changes: Any) -> Config:
     """Conv-4 of four filters on 16 x 16 images, two steps (modgrad: three), float64."""
-    settings = {"inner.algorithm": algorithm_of(variant), "inner.steps": 2} | VARIANTS[variant]
+    steps = {} if is_metric(variant) else {"inner.steps": 2}
+    settings = {"inner.algorithm": algorithm_of(variant)} | steps | VARIANTS[variant]
     config = config_of(model__image_size=16, task__ways=3).override(settings)
     return config.override({name.replace("__", "."): value for name, value in changes.items()})
 
@@ -90,7 +101,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "no_step": {"inner.steps": 0},
     "group_norm": {"model.norm": "group", "model.norm_groups": 2},
 }
-ON_RESNET12 = {"model__backbone": "resnet12", "model__filters": 2, "inner__steps": 1}
+ON_RESNET12 = {"model__backbone": "resnet12", "model__filters": 2}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -98,6 +109,8 @@ ON_RESNET12 = {"model__backbone": "resnet12", "model__filters": 2, "inner__steps
 def test_equals_the_oracle(variant: str, network: str) -> None:
     if (variant, network) == ("mamlpp", "no_step"):
         pytest.skip("its program has at least one step")
+    if is_metric(variant) and any(name.startswith("inner.") for name in NETWORKS[network]):
+        pytest.skip("there is no inner loop")
     settings = {} if variant == "fomaml" and "inner.order" in NETWORKS[network] else NETWORKS[network]
     compare_with_oracle(tiny(variant).override(settings))
 
@@ -108,23 +121,28 @@ def test_mamlpp_equals_the_oracle_in_every_phase(iteration: int) -> None:
     compare_with_oracle(tiny("mamlpp", inner__steps=3), iteration=iteration)
 
 
-@EVERY
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not is_metric(name)])
 def test_equals_the_oracle_in_first_iterations_of_first_order(variant: str) -> None:
     config = tiny(variant, inner__first_order_iterations=3)
     for iteration in (2, 3):
         compare_with_oracle(config, iteration=iteration)
 
 
+def on_resnet12(variant: str) -> Config:
+    config = tiny(variant, **ON_RESNET12)
+    return config if is_metric(variant) else config.override({"inner.steps": 1})
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if algorithm_of(name) not in ("cavia", "modgrad")])
 def test_equals_the_oracle_on_resnet12(variant: str) -> None:
-    compare_with_oracle(tiny(variant, **ON_RESNET12))
+    compare_with_oracle(on_resnet12(variant))
 
 
 # on ResNet-12 these have no oracle: theirs is of Conv-4
 @pytest.mark.parametrize("variant", ["cavia", "cavia_everywhere", "modgrad"])
 def test_equals_finite_differences_on_resnet12(variant: str) -> None:
     settings = {"inner.layers": "0,2,5,15"} if variant == "cavia_everywhere" else {}
-    learner = spread(tiny(variant, **ON_RESNET12).override(settings))
+    learner = spread(on_resnet12(variant).override(settings))
     episodes = random_episodes(learner.config)
     exact = gradients(learner.meta_loss(episodes).loss, learner.meta_parameters)
     g = torch.Generator().manual_seed(3)  # the step is that small for the edges of pooling and activations
@@ -323,7 +341,7 @@ def test_released_names_round_trip(variant: str, conv_bias: bool) -> None:
         assert torch.equal(two.meta_parameters[name], tensor), name
 
 
-@pytest.mark.parametrize("algorithm", ["anil", "boil", "cavia", "metasgd", "modgrad"])
+@pytest.mark.parametrize("algorithm", ["anil", "boil", "cavia", "metasgd", "modgrad", "protonet"])
 def test_a_released_program_without_resnet12_is_told(algorithm: str) -> None:
     with pytest.raises(InputError, match=f"the released program of {algorithm} has no parameter like our 'features.0"):
         Learner(tiny(algorithm, **ON_RESNET12)).load_released({})
@@ -373,6 +391,20 @@ def test_a_run_trains_resumes_and_tests(variant: str, images: Path, tmp_path: Pa
             "setting 'inner.layers' (=16): resnet12 has the convolutions 0 to 15, not 16",
         ),
         ({"inner__algorithm": "fomaml", "inner__order": "2"}, "setting 'inner.order' takes one of 1, got 2"),
+        (
+            {"inner__algorithm": "protonet", "inner__order": "1"},
+            "setting 'inner.order' belongs to alfa, anil, boil, cavia, cxgrad, fomaml, l2f, maml, mamlpp, metasgd, "
+            "modgrad, not to protonet (inner.algorithm), which has 'inner.distance'",
+        ),
+        (
+            {"inner__algorithm": "maml", "task__train_ways": "4"},
+            "setting 'task.train_ways' (=4) must be task.ways (=3): the head of maml has a row for each class, only "
+            "protonet have none",
+        ),
+        (
+            {"inner__algorithm": "protonet", "inner__statistics_momentum": "0"},
+            "setting 'inner.statistics_momentum' must be greater than 0, got 0.0",
+        ),
         (
             {"inner__algorithm": "anil", "inner__joint": "true", "evaluation__statistics": "support"},
             "setting 'evaluation.statistics' (=support) does not go with inner.joint, which normalises support and "

@@ -20,7 +20,8 @@ from helpers import GOLDEN, config_of
 from cxgrad_fast import InputError, Learner, released
 
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
-ON_THE_ENGINE = ("cxgrad_5w1s_a", "fomaml_shown", "maml_5w1s", "maml_resnet12_shown")
+_METRIC = tuple(name for name in FILES if name.startswith("protonet"))
+ON_THE_ENGINE = ("cxgrad_5w1s_a", "fomaml_shown", "maml_5w1s", "maml_resnet12_shown", *_METRIC)
 
 
 def outside(file: Golden) -> list[str]:

@@ -173,6 +173,27 @@ _RELEASED: dict[str, tuple[dict[str, object], int, int]] = {
         3,
     ),
 }
+_WITHOUT_INNER_LOOP: dict[str, object] = {  # one task a step, scored under running statistics
+    name: value for name, value in _OTHER_PROGRAMS.items() if not name.startswith(("inner.", "task."))
+} | {"outer.validate_every": 100, "evaluation.validation_tasks": 100, "evaluation.statistics": "running"}
+_RELEASED["protonet"] = (
+    _WITHOUT_INNER_LOOP
+    | {
+        "task.queries": 15,
+        "task.train_shots": 0,
+        "task.train_queries": 15,
+        "inner.distance": "squared",
+        "inner.joint": True,
+        "inner.statistics_momentum": 0.1,
+        "outer.iterations": 1_000_000,
+        "outer.schedule": "step",
+        "outer.schedule_every": 2000,
+        "outer.schedule_factor": 0.5,
+        "data.normalize": "none",
+    },
+    1,
+    1,
+)
 # where tieredImageNet has other values than miniImageNet
 _RELEASED_TIERED = {name: {"outer.iterations": 125_000, "model.filters": 64} for name in ("maml", "fomaml")}
 
@@ -186,6 +207,7 @@ def test_released_presets_of_the_other_algorithms(algorithm: str) -> None:
             expected = same | changed | {"inner.algorithm": algorithm, "task.ways": 5, "task.shots": shots}
             expected |= {"outer.meta_batch": batch, "data.root": f"datasets/{dataset}_imagenet"}
             expected |= {"task.queries": shots} if algorithm == "anil" else {}
+            expected |= {"task.train_ways": {1: 30, 5: 20}[shots]} if algorithm == "protonet" else {}
             assert {name: flat[name] for name in expected} == expected
 
 

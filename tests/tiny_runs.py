@@ -9,6 +9,7 @@ from PIL import Image
 
 from cxgrad_fast.cli import run_command
 from cxgrad_fast.config import ALGORITHMS
+from cxgrad_fast.config.fields import settings_of
 from cxgrad_fast.train import main
 
 CLASSES = {"train": 8, "val": 5, "test": 5}
@@ -53,8 +54,11 @@ def words(images: Path, **changes: object) -> list[str]:
     }
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
     kind = ALGORITHMS.get(str(settings.get("inner.algorithm", "cxgrad")))
-    if "inner__context_dim" not in changes and kind is not None and not hasattr(kind, "context_dim"):
-        del settings["inner.context_dim"]
+    if kind is not None:
+        known = {spec.name for spec in settings_of(kind)}
+        for name in ("steps", "context_dim"):
+            if f"inner__{name}" not in changes and name not in known:
+                del settings[f"inner.{name}"]
     return [f"--{name}={value}" for name, value in settings.items()]
 
 

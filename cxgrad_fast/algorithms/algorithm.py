@@ -31,6 +31,7 @@ class Support(Images):
     """The support sets: images and their labels ``y`` [T, S]."""
 
     y: Tensor
+    ways: int  # N, the classes of each task
     query: Images | None = None  # only where the algorithm is joint: the query images beside them
 
     @property
@@ -129,9 +130,11 @@ class Algorithm:
         declared: name -> :class:`Parameter`, of all meta-parameters.
         adapted: names of those that the inner loop moves.
         released: our names -> those of the program that its authors released.
+        also_released: the same of other programs whose checkpoints can be loaded.
     """
 
     released: ClassVar[Mapping[str, str]] = released.FAMILY
+    also_released: ClassVar[tuple[Mapping[str, str], ...]] = ()
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         self.config, self.model, self.ways = config.inner, config.model, config.task.ways
@@ -155,6 +158,10 @@ class Algorithm:
     def joint(self) -> bool:
         """Whether the passes over the support set need the query images too: both are normalised together."""
         return False
+
+    def images(self, x: Tensor) -> Images:
+        """Images ``[T, S, C, H, W]``, ready for passes over them."""
+        return Images(x, self.backbone.patches(x))
 
     def network(
         self,
@@ -207,6 +214,19 @@ class Algorithm:
         """The scores of query images after ``k`` steps; ``given`` and ``collect`` as for :class:`Network`."""
         net = self.network(state, k, shared, query, given=given, collect=collect)
         return Output(self.scores(net, query), net.statistics)
+
+    def support_statistics(
+        self, state: State, k: int, shared: Mapping[str, Tensor], support: Support
+    ) -> dict[str, LayerStatistics]:
+        """Mean and variance ``[T, C]`` of each BatchNorm's input when the support set is asked, after ``k`` steps."""
+        return self.predict(state, k, shared, support, support, collect=True).statistics
+
+    def running_share(self, layer: str) -> float | None:
+        """The share of a layer's running statistics, which start from 0 and 1, that every meta-step replaces.
+
+        None: they are the average of all meta-steps, and then of about the last hundred.
+        """
+        return None
 
     def phase(self, iteration: int | None) -> Phase:
         """The phase of an iteration of meta-training, counted from 0; None: after all phases."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cxgrad_fast.config.checks import check_together
-from cxgrad_fast.config.fields import InputError, coerced
+from cxgrad_fast.config.fields import InputError, coerced, settings_of
 from cxgrad_fast.config.groups import DataConfig, EvaluationConfig, ModelConfig, OuterConfig, RunConfig, TaskConfig
 from cxgrad_fast.config.inner import (
     ALGORITHMS,
@@ -30,7 +30,9 @@ from cxgrad_fast.config.inner import (
     MAMLConfig,
     MAMLPPConfig,
     MetaSGDConfig,
+    MetricConfig,
     ModGradConfig,
+    ProtoNetConfig,
     carried,
     owners,
 )
@@ -54,8 +56,10 @@ __all__ = [
     "MAMLConfig",
     "MAMLPPConfig",
     "MetaSGDConfig",
+    "MetricConfig",
     "ModGradConfig",
     "ModelConfig",
+    "ProtoNetConfig",
     "all_settings",
     "from_toml",
     "preset",
@@ -161,7 +165,7 @@ def _known(algorithm: str) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]
             continue
         kind: Any = ALGORITHMS[algorithm] if group.name == "inner" else group.default_factory
         types = typing.get_type_hints(kind)
-        for spec in dataclasses.fields(kind):
+        for spec in settings_of(kind):
             known[f"{group.name}.{spec.name}"] = (group.name, spec, types[spec.name])
     return known
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cxgrad_fast.config.fields import InputError
+from cxgrad_fast.config.inner import ALGORITHMS, ANILConfig
 from cxgrad_fast.printable import shown
 
 if TYPE_CHECKING:
@@ -70,10 +71,17 @@ def _check_filters(model: ModelConfig) -> None:
 def _check_inner(config: Config) -> None:
     """Settings that only some algorithms have."""
     inner, statistics = config.inner, config.evaluation.statistics
-    if getattr(inner, "joint", False) and statistics != "transductive":
+    if isinstance(inner, ANILConfig) and inner.joint and statistics != "transductive":
         raise InputError(
             f"setting 'evaluation.statistics' (={statistics}) does not go with inner.joint, which normalises support "
             "and query images together: use transductive"
+        )
+    task = config.task
+    if task.of_training().ways != task.ways and not inner.any_ways:
+        free = ", ".join(name for name, kind in ALGORITHMS.items() if kind.any_ways)
+        raise InputError(
+            f"setting 'task.train_ways' (={task.train_ways}) must be task.ways (={task.ways}): the head of "
+            f"{inner.algorithm} has a row for each class, only {free} have none"
         )
     if not getattr(inner, "layers", True) and not getattr(inner, "context_at_head", False):
         raise InputError("setting 'inner.layers' must name at least one convolution: without any, nothing is adapted")
@@ -83,13 +91,16 @@ def _check_sizes(config: Config) -> None:
     """That a batch of tasks can be counted, and that the released program's seeds last for all tasks."""
     task, model, outer, evaluation = config.task, config.model, config.outer, config.evaluation
     evaluated = max(evaluation.validation_tasks, evaluation.test_tasks)
-    tasks = max(outer.meta_batch, min(evaluation.tasks_per_batch, evaluated))
-    images = tasks * task.ways * (task.shots + task.queries)
-    if images * model.image_size**2 * max(model.channels, model.filters, *model.block_filters) > _LARGEST_BATCH:
-        raise InputError(
-            f"{tasks} tasks at once (outer.meta_batch, evaluation.tasks_per_batch) of {task.ways} ways, {task.shots} "
-            f"shots and {task.queries} queries, {model.image_size} pixels wide, need more memory than any machine has"
-        )
+    for setting, tasks, each in (
+        ("outer.meta_batch", outer.meta_batch, task.of_training()),
+        ("evaluation.tasks_per_batch", min(evaluation.tasks_per_batch, evaluated), task),
+    ):
+        images = tasks * each.ways * (each.shots + each.queries)
+        if images * model.image_size**2 * max(model.channels, model.filters, *model.block_filters) > _LARGEST_BATCH:
+            raise InputError(
+                f"{tasks} tasks at once ({setting}) of {each.ways} ways, {each.shots} shots and {each.queries} "
+                f"queries, {model.image_size} pixels wide, need more memory than any machine has"
+            )
     drawn = max(outer.iterations * outer.meta_batch, evaluated)
     if config.data.sampler == "released" and drawn > _RELEASED_TASKS:
         raise InputError(

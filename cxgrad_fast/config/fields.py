@@ -32,12 +32,22 @@ def at_least(bound: float, at_most: float | None = None) -> dict[str, object]:
     return {"minimum": bound, "maximum": at_most}
 
 
-def above(bound: float) -> dict[str, object]:
-    return {"above": bound}
+def above(bound: float, at_most: float | None = None) -> dict[str, object]:
+    return {"above": bound, "maximum": at_most}
 
 
 def like(pattern: str, meaning: str) -> dict[str, object]:
     return {"pattern": pattern, "meaning": meaning}
+
+
+def constant(value: Any) -> Any:
+    """A field that is always ``value``: what reads it finds it, no person can set it."""
+    return dataclasses.field(default=value, metadata={"constant": True})
+
+
+def settings_of(group: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a group of settings that a person can set."""
+    return [spec for spec in dataclasses.fields(group) if "constant" not in spec.metadata]
 
 
 def coerced(name: str, spec: dataclasses.Field[Any], wanted: Any, value: object) -> object:

@@ -14,6 +14,16 @@ class TaskConfig:
     ways: int = field(default=5, metadata=at_least(2, 100_000))
     shots: int = field(default=1, metadata=at_least(1, 100_000))
     queries: int = field(default=15, metadata=at_least(1, 100_000))  # per class
+    # of the tasks of meta-training, where they differ from those of validation and test; 0: the same
+    train_ways: int = field(default=0, metadata=at_least(0, 100_000))
+    train_shots: int = field(default=0, metadata=at_least(0, 100_000))
+    train_queries: int = field(default=0, metadata=at_least(0, 100_000))
+
+    def of_training(self) -> TaskConfig:
+        """The tasks of meta-training."""
+        return TaskConfig(
+            self.train_ways or self.ways, self.train_shots or self.shots, self.train_queries or self.queries
+        )
 
 
 @dataclass(frozen=True)

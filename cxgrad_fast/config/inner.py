@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from cxgrad_fast.config.fields import at_least, choice
+from cxgrad_fast.config.fields import above, at_least, choice, constant, settings_of
 
 
 @dataclass(frozen=True)
 class InnerConfig:
     """The inner loop (adaptation): what every algorithm has."""
+
+    any_ways: ClassVar[bool] = False  # whether no parameter has a row a class: one network for any number of classes
 
     algorithm: str
     steps: int = field(default=5, metadata=at_least(0, 100_000))
@@ -117,6 +119,29 @@ class ModGradConfig(InnerConfig):
     layers: tuple[int, ...] = (-2, -1)  # convolutions that are adapted, counted from 0, or from -1 backwards
 
 
+@dataclass(frozen=True)
+class MetricConfig(InnerConfig):
+    """What compares features, without an inner loop: the words of one are not its own."""
+
+    any_ways: ClassVar[bool] = True
+
+    steps: int = constant(0)
+    order: int = constant(1)
+    learning_rate: float = constant(0.0)
+    first_order_iterations: int = constant(0)
+    joint: bool = True  # the features of support and query are computed in one pass, normalised together
+    # of the running statistics: the share of them that a pass in meta-training replaces
+    statistics_momentum: float = field(default=0.1, metadata=above(0, 1))
+
+
+@dataclass(frozen=True)
+class ProtoNetConfig(MetricConfig):
+    """ProtoNet (Snell et al. 2017); the authors' program's values."""
+
+    # the scores: minus the squared Euclidean distance, minus the Euclidean one, or the cosine
+    distance: str = field(default="squared", metadata=choice("squared", "euclidean", "cosine"))
+
+
 ALGORITHMS: dict[str, type[InnerConfig]] = {
     "alfa": ALFAConfig,
     "anil": ANILConfig,
@@ -129,19 +154,20 @@ ALGORITHMS: dict[str, type[InnerConfig]] = {
     "mamlpp": MAMLPPConfig,
     "metasgd": MetaSGDConfig,
     "modgrad": ModGradConfig,
+    "protonet": ProtoNetConfig,
 }
 
 
 def owners(word: str) -> list[str]:
     """The algorithms that have a setting ``inner.<word>``."""
-    return [name for name, kind in ALGORITHMS.items() if word in {spec.name for spec in dataclasses.fields(kind)}]
+    return [name for name, kind in ALGORITHMS.items() if word in {spec.name for spec in settings_of(kind)}]
 
 
 def carried(inner: InnerConfig, algorithm: str) -> InnerConfig:
     """The settings of another algorithm: its defaults, and what was changed of those words that both have."""
     new = ALGORITHMS[algorithm](algorithm)
     kept: dict[str, Any] = {}
-    for spec in dataclasses.fields(new):
+    for spec in settings_of(new):
         value = getattr(inner, spec.name, spec.default)
         changed = spec.name != "algorithm" and value != getattr(type(inner)(inner.algorithm), spec.name, spec.default)
         if changed and value in spec.metadata.get("choices", (value,)):

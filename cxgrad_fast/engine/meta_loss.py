@@ -33,7 +33,7 @@ class MetaLoss:
         objectives: ``[T]``, what each task adds to the loss; for most algorithms its query loss.
         accuracy: scalar, share of query images classified correctly.
         statistics: mean and variance ``[C]`` of each BatchNorm's input in the query pass, averaged over tasks, by
-            convolution; empty for other norms.
+            convolution; empty for other norms. What running statistics are made of.
     """
 
     loss: Tensor
@@ -169,7 +169,7 @@ class Engine:
             running: means and variances ``[C]`` by convolution.
         """
         fast, shared = self._split({name: tensor.detach() for name, tensor in parameters.items()}, len(support_x))
-        support = self._support(support_x, support_y)
+        support = self._support(support_x, support_y, self.config.task.ways)
         if self.algorithm.joint:  # waits for the query images
             return Adaptation(State(fast), shared, support, None)
         state = self._adapted_state(fast, shared, support)
@@ -178,13 +178,13 @@ class Engine:
             given = {name: (mean[None], variance[None]) for name, (mean, variance) in running.items()}
         elif statistics == "support":
             with torch.no_grad():
-                given = self._predict(state, shared, support, support, collect=True).statistics
+                given = self.algorithm.support_statistics(state, self.config.inner.steps, shared, support)
         return Adaptation(state, shared, support, given)
 
     def answer(self, adaptation: Adaptation, x: Tensor) -> Tensor:
         """Scores ``[T, Q, N]`` of query images ``x`` [T, Q, C, H, W], without a graph."""
         given, shared, support, state = adaptation.given, adaptation.shared, adaptation.support, adaptation.state
-        query = self._images(x) if given is None else Images(x, {})
+        query = self.algorithm.images(x) if given is None else Images(x, {})
         if self.algorithm.joint:
             support = replace(support, query=query)
             state = self._adapted_state(state.fast, shared, support)
@@ -199,8 +199,9 @@ class Engine:
     def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes, phase: Phase) -> MetaLoss:
         graph = phase.order == 2 and torch.is_grad_enabled()
         asked: list[Tensor] = []
-        query = self._images(episodes.query_x)
-        support = self._support(episodes.support_x, episodes.support_y, query)
+        query = self.algorithm.images(episodes.query_x)
+        ways = self.config.task.of_training().ways
+        support = self._support(episodes.support_x, episodes.support_y, ways, query)
         fast, shared = self._split(parameters, len(episodes))
         with torch.enable_grad():  # the inner loop needs gradients whatever the caller does
 
@@ -303,11 +304,8 @@ class Engine:
                 shared[name] = tensor
         return fast, shared
 
-    def _support(self, x: Tensor, y: Tensor, query: Images | None = None) -> Support:
-        return Support(x, self.algorithm.backbone.patches(x), y, query if self.algorithm.joint else None)
-
-    def _images(self, x: Tensor) -> Images:
-        return Images(x, self.algorithm.backbone.patches(x))
+    def _support(self, x: Tensor, y: Tensor, ways: int, query: Images | None = None) -> Support:
+        return Support(x, self.algorithm.images(x).patches, y, ways, query if self.algorithm.joint else None)
 
 
 def _joined(parts: Sequence[MetaLoss], reduction: str) -> MetaLoss:

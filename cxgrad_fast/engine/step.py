@@ -54,14 +54,20 @@ def check_finite(parameters: Mapping[str, Tensor], what: str) -> None:
 
 
 class RunningStatistics:
-    """Averages of the query passes' BatchNorm statistics over meta-steps: all alike first, then exponentially.
+    """Averages of the BatchNorm statistics of meta-steps.
+
+    Args:
+        device: of the learner.
+        share_of: the algorithm's :meth:`~cxgrad_fast.algorithms.Algorithm.running_share`; where it gives none, all
+            meta-steps count alike first, and then exponentially less.
 
     Attributes:
         values: mean and variance ``[C]`` by convolution.
         steps: how many meta-steps they hold, ``[]`` float64 on the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, share_of: Callable[[str], float | None] = lambda layer: None) -> None:
+        self._share_of = share_of
         self.values: dict[str, LayerStatistics] = {}
         self.steps = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -73,8 +79,12 @@ class RunningStatistics:
         for name, new in statistics.items():
             if name not in self.values:
                 self.values[name] = (torch.zeros_like(new[0]), torch.zeros_like(new[1]))
-            for old, now in zip(self.values[name], new, strict=True):
-                average = old.lerp(now, share.to(old.dtype))
+            fixed = self._share_of(name)
+            for old, now, start in zip(self.values[name], new, (0.0, 1.0), strict=True):
+                if fixed is None:
+                    average = old.lerp(now, share.to(old.dtype))
+                else:
+                    average = torch.where(counted == 1, start, old).lerp(now, fixed)
                 old.copy_(average if unless is None else torch.where(unless > 0, old, average))
 
 

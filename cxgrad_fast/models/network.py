@@ -84,6 +84,7 @@ class Network:
 
     Attributes:
         statistics: mean and variance ``[T, C]`` of each BatchNorm's input, by the name of its convolution.
+        counts: how many values of a task each of these is of, by the same names.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Network:
         self._eps, self._patches, self._film = eps or {}, patches or {}, film or {}
         self._given, self._collect, self._beside = given, collect, beside or {}
         self.statistics: dict[str, LayerStatistics] = {}
+        self.counts: dict[str, int] = {}
 
     def block(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
         """Convolution ``name``, its norm, 2x2 max-pooling and LeakyReLU.
@@ -155,4 +157,5 @@ class Network:
         )
         if self._collect:
             self.statistics[name] = (mean if bias is None else mean + bias, variance)
+            self.counts[name] = x.shape[1] * x.shape[3] * x.shape[4]
         return y

@@ -18,6 +18,7 @@ from cxgrad_fast.reference.maml import maml
 from cxgrad_fast.reference.mamlpp import mamlpp, step_weights
 from cxgrad_fast.reference.metasgd import metasgd
 from cxgrad_fast.reference.modgrad import modgrad
+from cxgrad_fast.reference.protonet import protonet
 from cxgrad_fast.reference.tasks import Episodes, Rule, over_tasks
 
 _CONTEXT = ("context_dim", "context_learning_rate", "context_update", "initial_context_order")
@@ -34,7 +35,9 @@ _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "mamlpp": (mamlpp, ("steps",)),
     "metasgd": (metasgd, ("steps",)),
     "modgrad": (modgrad, ("learning_rate", "context_dim", "mixtures")),
+    "protonet": (protonet, ("joint", "distance")),
 }
+_WITHOUT_INNER_LOOP: tuple[Rule, ...] = (protonet,)
 _CONVOLUTIONS = 4  # of Conv-4
 
 
@@ -54,8 +57,8 @@ def meta_loss(
     """The meta-loss that a Config asks for.
 
     Args:
-        config: a :class:`cxgrad_fast.Config`; reads ``model``, ``inner`` (all but ``form``: this is the scaled one) and
-            ``outer.reduction``.
+        config: a :class:`cxgrad_fast.Config`; reads ``model``, ``inner`` (all but ``form``: this is the scaled one),
+            ``task`` and ``outer.reduction``.
         parameters: by our names, requiring gradients.
         episodes: ``T`` tasks.
         iteration: of meta-training, counted from 0; None: after all phases.
@@ -80,12 +83,15 @@ def _of_config(config: Any, iteration: int | None) -> tuple[Rule, dict[str, Any]
     model, inner = config.model, config.inner
     rule, own = _RULES[inner.algorithm]
     settings = {name: getattr(inner, name) for name in own} | {
-        "second_order": inner.order == 2 and (iteration is None or iteration >= inner.first_order_iterations),
         "slope": model.slope,
         "eps": model.norm_eps,
         "norm": model.norm,
         "norm_groups": model.norm_groups,
     }
+    if rule in _WITHOUT_INNER_LOOP:
+        settings["ways"] = config.task.of_training().ways
+    else:
+        settings["second_order"] = inner.order == 2 and (iteration is None or iteration >= inner.first_order_iterations)
     if rule is cavia:  # a network of its own
         modulated = {layer % _CONVOLUTIONS for layer in inner.layers}
         context_in = [*(block in modulated for block in range(_CONVOLUTIONS)), inner.context_at_head]
