@@ -436,7 +436,7 @@ class Learner:
         parts = {name: getattr(episodes, name) for name in ("support_x", "support_y", "query_x", "query_y")}
         return replace(episodes, **{name: tensor.clone() for name, tensor in parts.items() if tensor.is_inference()})
 
-    def _check_labels(self, episodes: Episodes, training: bool) -> None:
+    def _check_labels(self, episodes: Episodes, training: bool = False) -> None:
         task = self.config.task
         ways = task.of_training().ways if training else task.ways
         setting = "task.train_ways" if training and task.train_ways else "task.ways"

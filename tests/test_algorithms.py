@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mamlpp": {},
     "metasgd": {},
     "modgrad": {"inner.steps": 3, "inner.mixtures": 2},  # the third round is the first whose context has moved twice
+    "protomaml": {},
     "protonet": {},
     "protonet_euclidean_apart": {"inner.distance": "euclidean", "inner.joint": False},
     "protonet_cosine": {"inner.distance": "cosine"},
@@ -394,12 +395,12 @@ def test_a_run_trains_resumes_and_tests(variant: str, images: Path, tmp_path: Pa
         (
             {"inner__algorithm": "protonet", "inner__order": "1"},
             "setting 'inner.order' belongs to alfa, anil, boil, cavia, cxgrad, fomaml, l2f, maml, mamlpp, metasgd, "
-            "modgrad, not to protonet (inner.algorithm), which has 'inner.distance'",
+            "modgrad, protomaml, not to protonet (inner.algorithm), which has 'inner.distance'",
         ),
         (
             {"inner__algorithm": "maml", "task__train_ways": "4"},
             "setting 'task.train_ways' (=4) must be task.ways (=3): the head of maml has a row for each class, only "
-            "protonet have none",
+            "protomaml, protonet have none",
         ),
         (
             {"inner__algorithm": "protonet", "inner__statistics_momentum": "0"},

@@ -22,7 +22,8 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_state_is_taken_over(settings: dict[str, object], steps: int) -> None:
-    config = config_of(inner__steps=1, **settings)
+    changes = {name.replace("__", "."): value for name, value in settings.items()}
+    config = config_of(inner__steps=1).override(changes)
     one, other = Learner(config), Learner(config.override({"run.seed": 1}))
     episodes = random_episodes(config)
     for _ in range(steps):

@@ -176,6 +176,19 @@ _RELEASED: dict[str, tuple[dict[str, object], int, int]] = {
 _WITHOUT_INNER_LOOP: dict[str, object] = {  # one task a step, scored under running statistics
     name: value for name, value in _OTHER_PROGRAMS.items() if not name.startswith(("inner.", "task."))
 } | {"outer.validate_every": 100, "evaluation.validation_tasks": 100, "evaluation.statistics": "running"}
+_RELEASED["protomaml"] = (
+    {name: value for name, value in _OTHER_PROGRAMS.items() if name != "model.conv_bias"}
+    | {
+        "inner.learning_rate": 0.01,
+        "inner.order": 1,
+        "outer.learning_rate": 1e-4,
+        "outer.iterations": 75_000,
+        "data.normalize": "none",
+        "evaluation.statistics": "support",
+    },
+    1,
+    1,
+)
 _RELEASED["protonet"] = (
     _WITHOUT_INNER_LOOP
     | {

@@ -11,6 +11,7 @@ from cxgrad_fast.algorithms.maml import MAML
 from cxgrad_fast.algorithms.mamlpp import MAMLPP
 from cxgrad_fast.algorithms.metasgd import MetaSGD
 from cxgrad_fast.algorithms.modgrad import ModGrad
+from cxgrad_fast.algorithms.protomaml import ProtoMAML
 from cxgrad_fast.algorithms.protonet import ProtoNet
 from cxgrad_fast.config import Config
 from cxgrad_fast.models import Backbone
@@ -29,6 +30,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "mamlpp": MAMLPP,
     "metasgd": MetaSGD,
     "modgrad": ModGrad,
+    "protomaml": ProtoMAML,
     "protonet": ProtoNet,
 }
 

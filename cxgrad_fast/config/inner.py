@@ -120,6 +120,13 @@ class ModGradConfig(InnerConfig):
 
 
 @dataclass(frozen=True)
+class ProtoMAMLConfig(InnerConfig):
+    """ProtoMAML (Triantafillou et al. 2020)."""
+
+    any_ways: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class MetricConfig(InnerConfig):
     """What compares features, without an inner loop: the words of one are not its own."""
 
@@ -154,6 +161,7 @@ ALGORITHMS: dict[str, type[InnerConfig]] = {
     "mamlpp": MAMLPPConfig,
     "metasgd": MetaSGDConfig,
     "modgrad": ModGradConfig,
+    "protomaml": ProtoMAMLConfig,
     "protonet": ProtoNetConfig,
 }
 

@@ -18,6 +18,7 @@ from cxgrad_fast.reference.maml import maml
 from cxgrad_fast.reference.mamlpp import mamlpp, step_weights
 from cxgrad_fast.reference.metasgd import metasgd
 from cxgrad_fast.reference.modgrad import modgrad
+from cxgrad_fast.reference.protomaml import protomaml
 from cxgrad_fast.reference.protonet import protonet
 from cxgrad_fast.reference.tasks import Episodes, Rule, over_tasks
 
@@ -35,6 +36,7 @@ _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "mamlpp": (mamlpp, ("steps",)),
     "metasgd": (metasgd, ("steps",)),
     "modgrad": (modgrad, ("learning_rate", "context_dim", "mixtures")),
+    "protomaml": (protomaml, ("steps", "learning_rate")),
     "protonet": (protonet, ("joint", "distance")),
 }
 _WITHOUT_INNER_LOOP: tuple[Rule, ...] = (protonet,)
@@ -88,9 +90,9 @@ def _of_config(config: Any, iteration: int | None) -> tuple[Rule, dict[str, Any]
         "norm": model.norm,
         "norm_groups": model.norm_groups,
     }
-    if rule in _WITHOUT_INNER_LOOP:
+    if inner.any_ways:
         settings["ways"] = config.task.of_training().ways
-    else:
+    if rule not in _WITHOUT_INNER_LOOP:
         settings["second_order"] = inner.order == 2 and (iteration is None or iteration >= inner.first_order_iterations)
     if rule is cavia:  # a network of its own
         modulated = {layer % _CONVOLUTIONS for layer in inner.layers}
