@@ -3,8 +3,8 @@
 The judge is the oracle, ``cxgrad_fast/reference/`` in float64, one task at a time. Three questions are asked:
 
 - **On a small copy of the case, in float64**: loss to 1e-10, every gradient to 1e-8 (relative, tensor by tensor), and
-  one whole step moves every parameter as Adam moves it by those gradients. Every mistake in the mathematics shows here,
-  those in the algorithm's own parameters included.
+  one whole step moves every parameter as the optimizer moves it by those gradients. Every mistake in the mathematics
+  shows here, those in the algorithm's own parameters included.
 - **On small copies, in the precision that is timed**: loss and gradients by group of parameters to
   :data:`TOLERANCE`, on one of :data:`ATTEMPTS` copies at least. A right program misses some: where rounding turns the
   choice of a pooling window, the gradient jumps, and the inner steps amplify it. A wrong one misses all.
@@ -27,6 +27,8 @@ from sides import COMPILING
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, Learner, reference
+from cxgrad_fast.algorithms import build_algorithm
+from cxgrad_fast.models import build_backbone
 
 # by run.precision, relative. float32 on small copies: measured 1e-7 to 2e-6 and 1e-6 to 7e-4 where no choice turned; an
 # error of 1 % in a group is outside
@@ -234,11 +236,20 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _step_error(after: Parameters, case: Case, gradients: Mapping[str, Tensor]) -> float:
-    """Largest deviation from Adam's first update, in units of the learning rate."""
-    rate = case.config.outer.learning_rate
+    """Largest deviation from the optimizer's first update, in units of the learning rate.
+
+    Adam's does not change with what clipping does; that of gradient descent is the gradient, and it is not asked for
+    where that is clipped.
+    """
+    config, outer = case.config, case.config.outer
+    declared = build_algorithm(config, build_backbone(config.model)).declared
     worst = 0.0
     for name, start in case.parameters.items():
-        moved = start - rate * gradients[name] / (gradients[name].abs() + ADAM_EPS)
-        deviation = float((after[name] - moved).abs().max()) / rate
+        gradient = gradients[name] * declared[name].trained
+        if outer.optimizer == "adam":
+            gradient = gradient / (gradient.abs() + ADAM_EPS)
+        elif outer.clip_value or outer.clip_norm:
+            continue
+        deviation = float((after[name] - start + outer.learning_rate * gradient).abs().max()) / outer.learning_rate
         worst = deviation if not deviation <= worst else worst
     return worst

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from side import why_not_plain
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
@@ -22,11 +23,9 @@ Parameters = dict[str, Tensor]
 
 def limits(config: Config) -> str:
     """Why the step written here cannot serve a config; empty where it can. The JAX peer has the same limits."""
-    model, inner = config.model, config.inner
-    if (model.backbone, model.norm) != ("conv4", "batch"):
-        return f"written for conv4 with batch norm, not {model.backbone} with {model.norm} norm"
-    if model.conv_bias:
-        return "written for convolutions without biases"
+    inner = config.inner
+    if reason := why_not_plain(config.model):
+        return reason
     if inner.algorithm == "cxgrad" and inner.context_update != "task":
         return "written for inner.context_update = task"
     return ""

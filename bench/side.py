@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cxgrad_fast import Config, Episodes
 from cxgrad_fast.algorithms import build_algorithm
+from cxgrad_fast.config import ModelConfig
 from cxgrad_fast.models import OWN, build_backbone
 
 Parameters = Mapping[str, Tensor]
@@ -64,8 +65,16 @@ def dtype_of(config: Config) -> torch.dtype:
     return dtype
 
 
+def why_not_plain(model: ModelConfig) -> str:
+    """Why a network is not the plain Conv-4 that other programs are written for here; empty where it is."""
+    if (model.backbone, model.norm) != ("conv4", "batch"):
+        return f"written for conv4 with batch norm, not {model.backbone} with {model.norm} norm"
+    extras = [name for name in ("conv_bias", "pool_ceil", "channels_last") if getattr(model, name)]
+    return f"written for conv4 without {' and '.join(extras)}" if extras else ""
+
+
 class TorchSide:
-    """A side made of a function ``(leaf parameters, episodes) -> (loss, gradients)`` and torch's own clipping and Adam.
+    """A side made of a function ``(leaf parameters, episodes) -> (loss, gradients)``, torch's clipping and optimizer.
 
     Args:
         find: the function.
@@ -96,7 +105,8 @@ class TorchSide:
         self.load(parameters)
         self._outer, declared = config.outer, build_algorithm(config, build_backbone(config.model)).declared
         trained = [leaf for name, leaf in self._leaves.items() if declared[name].trained]
-        self._adam = torch.optim.Adam(trained, lr=config.outer.learning_rate)
+        rule = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.outer.optimizer]
+        self._optimizer: torch.optim.Optimizer = rule(trained, lr=config.outer.learning_rate)
         self._clipped = [
             leaf for name, leaf in self._leaves.items() if config.outer.clip == "all" or declared[name].role != OWN
         ]
@@ -109,7 +119,7 @@ class TorchSide:
             torch.nn.utils.clip_grad_value_(self._clipped, self._outer.clip_value)
         if self._outer.clip_norm:
             torch.nn.utils.clip_grad_norm_(self._clipped, self._outer.clip_norm)
-        self._adam.step()
+        self._optimizer.step()
         for leaf in self._leaves.values():
             leaf.grad = None
 

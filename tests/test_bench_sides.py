@@ -38,6 +38,16 @@ def test_every_algorithm_has_a_loop_and_does_its_work(side: str, algorithm: str)
     assert not checked(side, of_algorithm(algorithm)).failure
 
 
+def test_what_is_not_trained_is_expected_to_stay() -> None:
+    assert not checked("loop", of_algorithm("alfa").override({"inner.random_init": True})).failure
+
+
+def test_gradient_descent_has_a_step_of_its_own_to_compare_with() -> None:
+    config = of_algorithm("maml").override({"outer.optimizer": "sgd", "outer.learning_rate": 0.1})
+    assert not checked("loop", config).failure
+    assert not checked("ours-reference", config).failure
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_no_loop_runs_the_norms_that_the_oracle_writes_out(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are slower than torch's, which released programs have: the others would look faster than they are."""
@@ -114,6 +124,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_compared_with_the_others() 
         {"outer.clip_norm": 0.05},
         {"inner.random_init": True},
         {"outer.reduction": "sum"},
+        {"outer.optimizer": "sgd", "outer.clip_norm": 0.05},
     ],
     ids=lambda overrides: next(iter(overrides)),
 )
@@ -139,10 +150,11 @@ def test_a_side_names_the_algorithms_that_it_computes(name: str) -> None:
     assert "computes" not in sides.refusal(name, of_algorithm("maml"))
 
 
-def test_convolutions_with_biases_are_refused_where_nothing_reads_them() -> None:
-    config = of_algorithm("maml", model__conv_bias=True)
+@pytest.mark.parametrize("setting", ["conv_bias", "pool_ceil", "channels_last"])
+def test_a_network_that_others_are_not_written_for_is_refused(setting: str) -> None:
+    config = of_algorithm("maml").override({f"model.{setting}": True})
     for name in ("func-vmap", "higher"):
-        with pytest.raises(sides.Unavailable, match="without biases"):
+        with pytest.raises(sides.Unavailable, match=f"without {setting}"):
             sides.SIDES[name](config, *_case_of(config))
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import config_of, gradients, random_episodes, relative_error, require_cpp
+from layers import Layer, layers
 from ranks import Launched
-from roofline import Layer, layers, step_cost
+from roofline import step_cost
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cxgrad_fast import Config, Learner
+from cxgrad_fast.config import ALGORITHMS
 from cxgrad_fast.kernels import use_backend
 from cxgrad_fast.kernels.case_calls import call, like
 from cxgrad_fast.kernels.cases import Case, Inputs, inputs
@@ -115,7 +117,7 @@ def test_framework_counts_no_convolution() -> None:
 
 # --- a meta-step, against bench/roofline.py's least ---
 
-STEPS = {
+STEPS: dict[str, dict[str, Any]] = {
     "cxgrad": {},
     "maml": {"inner.algorithm": "maml"},
     "first_order": {"inner.order": 1},
@@ -124,6 +126,9 @@ STEPS = {
     "step_wise": {"inner.context_update": "step"},
     "no_step": {"inner.steps": 0},
     "five_shot_grey": {"task.shots": 5, "model.channels": 1, "task.ways": 2},
+    **{name: {"inner.algorithm": name} for name in ALGORITHMS if name not in ("cxgrad", "maml", "cavia", "modgrad")},
+    "anil_first_order": {"inner.algorithm": "anil", "inner.order": 1},
+    "l2f_embedding_in_graph": {"inner.algorithm": "l2f", "inner.embedding_in_graph": True},
 }
 
 
@@ -146,7 +151,7 @@ def least(config: Config) -> int:
 
 def small(case: str, size: int) -> Config:
     overrides = {"model.image_size": size, "inner.steps": 2, "outer.meta_batch": 2}
-    return config_of().override(overrides | STEPS[case])
+    return config_of(inner__algorithm=STEPS[case].get("inner.algorithm", "cxgrad")).override(overrides | STEPS[case])
 
 
 def first_layer(config: Config) -> Layer:
@@ -164,6 +169,15 @@ def test_meta_step_spends_the_least(case: str) -> None:
     if config.inner.algorithm == "cxgrad" and config.inner.initial_context_order == 2:
         twice = images * first_layer(config).sparse // 2
     assert meta_step(config) == least(config) + twice
+
+
+@pytest.mark.parametrize(
+    "settings", [{"inner.algorithm": "cavia"}, {"inner.algorithm": "modgrad"}, {"inner.joint": True}]
+)
+def test_no_meta_step_spends_less_than_the_least(settings: dict[str, Any]) -> None:
+    """These compute again what all of their passes have in common; ANIL's joint images have no first-layer form."""
+    config = config_of(inner__algorithm=settings.get("inner.algorithm", "anil"), outer__meta_batch=2).override(settings)
+    assert meta_step(config) >= least(config)
 
 
 def test_odd_images() -> None:

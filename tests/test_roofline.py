@@ -11,15 +11,18 @@ import pytest
 import roofline
 import torch
 from helpers import config_of, gradients, random_episodes, require_cpp
+from layers import Asked, Layer, layers
 from measure import count_operators
-from roofline import Cost, Layer, Peaks, dense_cost, measured_peaks, step_cost, time_floor
+from passes import passes_of
+from roofline import Cost, Peaks, dense_cost, measured_peaks, step_cost, time_floor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cxgrad_fast import Config, Learner, preset, reference
+from cxgrad_fast.config import ALGORITHMS
 
 # one filter, grey 16x16: units of 4608, 1152, 288 and 72 FLOPs an image, a quarter of 1152 in the first, a head of 4
 SMALL = {"model.filters": 1, "model.channels": 1, "model.image_size": 16, "task.ways": 2, "task.queries": 1}
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "cxgrad": {},
     "second_order_context": {"inner.initial_context_order": 2},
     "first_order": {"inner.order": 1},
@@ -39,6 +42,28 @@ CASES = {
         "model.pool_padding": "0,0,1,1",
     },
 }
+# the other algorithms; their settings where the defaults would leave something out
+OTHERS: dict[str, dict[str, object]] = {
+    **{name: {"inner.algorithm": name} for name in ALGORITHMS if name not in ("cxgrad", "maml")},
+    "anil_joint": {"inner.algorithm": "anil", "inner.joint": True},
+    "anil_first_order": {"inner.algorithm": "anil", "inner.order": 1},
+    "anil_joint_first_order": {"inner.algorithm": "anil", "inner.joint": True, "inner.order": 1},
+    "boil": {"inner.algorithm": "boil", "inner.head_learning_rate": 0.1},
+    "cavia_first_layer_and_head": {
+        "inner.algorithm": "cavia",
+        "inner.layers": "0,3",
+        "inner.context_at_head": True,
+        "inner.hidden": True,
+    },
+    "cavia_head": {"inner.algorithm": "cavia", "inner.layers": "3", "inner.context_at_head": True, "inner.order": 1},
+    "l2f_embedding_in_graph": {"inner.algorithm": "l2f", "inner.embedding_in_graph": True},
+    "mamlpp": {"inner.algorithm": "mamlpp", "inner.multi_step_iterations": 10, "inner.first_order_iterations": 1},
+    "modgrad_three_rounds": {"inner.algorithm": "modgrad", "inner.steps": 3, "inner.layers": "0,2"},
+    "modgrad_first_order": {"inner.algorithm": "modgrad", "inner.order": 1},
+    "l2f_resnet12": {"inner.algorithm": "l2f", "model.backbone": "resnet12", "model.filters": 2},
+    "anil_resnet12": {"inner.algorithm": "anil", "model.backbone": "resnet12", "model.filters": 2},
+}
+CASES |= OTHERS
 
 
 def by_hand(**overrides: Any) -> Config:
@@ -47,7 +72,8 @@ def by_hand(**overrides: Any) -> Config:
 
 
 def of_case(case: str) -> Config:
-    return config_of(inner__steps=2, outer__meta_batch=1).override(CASES[case])
+    algorithm = CASES[case].get("inner.algorithm", "cxgrad")
+    return config_of(inner__algorithm=algorithm, inner__steps=2, outer__meta_batch=1).override(CASES[case])
 
 
 def flops_of(run: Callable[[], object]) -> dict[str, int]:
@@ -81,6 +107,48 @@ def test_flops_by_hand() -> None:
     assert again - step_cost(by_hand()).by("phase")["second backward"][0] == 2 * (1152 + 4 * (others + head))
 
 
+FIRST = 1152  # of the first layer's units, what is needed where the pool chose
+
+
+@pytest.mark.parametrize(
+    ("settings", "once", "passes", "second"),
+    [
+        # a layer: forward and backward; of a pass, forward and the gradients that lead on; twice differentiated
+        ({"algorithm": "anil"}, 4608 + FIRST + 3 * (1152 + 288 + 72), 2 * 4, 4 * 4),
+        ({"algorithm": "anil", "order": 1}, 4608 + 1152 + 288 + 72, 2 * 4, 0),
+        ({"algorithm": "cavia", "layers": "2"}, 4608 + FIRST + 3 * (1152 + 288), 2 * (72 + 4), 4 * (72 + 4)),
+        ({"algorithm": "cavia", "layers": "2", "order": 1}, 4608 + 1152 + 288, 2 * (72 + 4), 0),
+        (
+            {"algorithm": "modgrad", "layers": "2,3", "mixtures": 2},
+            4608 + FIRST + 3 * 1152,
+            2 * 288 + 3 * 72 + 2 * 4,
+            4 * 288 + 6 * 72 + 4 * 4,
+        ),
+    ],
+)
+def test_what_all_passes_have_in_common_is_computed_once(
+    settings: dict[str, Any], once: int, passes: int, second: int
+) -> None:
+    config = by_hand(**{f"inner__{name}": value for name, value in settings.items()})
+    query = 4608 + FIRST + 3 * (1152 + 288 + 72 + 4)
+    expected = {"computed once": once, "support passes": passes, "second backward": second, "query pass": query}
+    found = {name: flops for name, (flops, _) in step_cost(config).by("phase").items()}
+    assert found == {name: 2 * flops for name, flops in expected.items() if flops} | {"updates": 0}
+
+
+def test_the_query_set_is_asked_after_every_step_of_mamlpp_s_first_phase() -> None:
+    config = config_of(inner__algorithm="mamlpp", inner__steps=3, inner__multi_step_iterations=5)
+    late, early = (step_cost(config, iteration).by("phase")["query pass"] for iteration in (None, 4))
+    assert early == tuple(3 * count for count in late)
+    assert step_cost(config, 5) == step_cost(config)
+
+
+def test_first_order_iterations_have_no_second_backward() -> None:
+    config = config_of(inner__algorithm="l2f", inner__first_order_iterations=5)
+    assert "second backward" not in step_cost(config, 4).by("phase")
+    assert step_cost(config, 5) == step_cost(config)
+
+
 def test_bytes_by_hand() -> None:
     """First-order MAML in float32: one support and one query pass of two images each, one step."""
     config = by_hand(inner__algorithm="maml", inner__order=1, run__precision="float32")
@@ -94,8 +162,8 @@ def test_bytes_by_hand() -> None:
 
 
 def test_second_backward_bytes_by_hand() -> None:
-    layer = Layer("", weight=9, positions=64, read=64, written=64, pooled=16)
-    work = layer.second_backward(True)
+    layer = Layer("", weight=9, positions=64, read=64, written=64, below=frozenset({"images"}), pooled=16)
+    work = layer.second_backward(Asked(below=True, weight=True, here=True))
     tangent = 64 + 64 + 64 + 16 + 64 + 16  # x, X, y, q -> u, next X
     assert work.elements == tangent + 64 + 64 + 64 + 64 + 16 + 16 + 64  # x, X, y, u, q, p' -> x'
     assert (work.weights, work.single, work.flops) == (5 * 9, 0, 6 * 2 * 9 * 64)  # w, W twice -> w'
@@ -118,39 +186,37 @@ def test_table_of_the_mathematics(shots: int, dense: int, least: int) -> None:
     assert forgotten < 0.005 * step_cost(config).flops
 
 
+@pytest.mark.parametrize("iteration", [None, 0])
 @pytest.mark.parametrize("case", CASES)
-def test_dense_is_what_torch_counts_of_the_oracle(case: str) -> None:
+def test_dense_is_what_torch_counts_of_the_oracle(case: str, iteration: int | None) -> None:
     """Exactly, but for one thing: where a weight gradient is differentiated, the framework also computes the gradient
     in its input, for the images too, which nobody asked for: one unit of each layer on the images."""
     config = of_case(case)
     learner, episodes = Learner(config), random_episodes(config, tasks=1)
 
     def oracle() -> None:
-        gradients(reference.meta_loss(config, learner.meta_parameters, episodes).loss, learner.meta_parameters)
+        loss = reference.meta_loss(config, learner.meta_parameters, episodes, iteration).loss
+        gradients(loss, learner.meta_parameters)
 
     counted = flops_of(oracle)
-    by_layer = dense_cost(config).by("layer")
-    head = by_layer["head"][0]
-    assert sum(count for operator, count in counted.items() if "conv" not in operator) == head
-    assert convolutions(counted) == dense_cost(config).flops - head + unasked(config)
+    dense = dense_cost(config, iteration)
+    head = dense.by("layer")["head"][0]
+    if config.inner.algorithm != "modgrad":  # whose masks, which are not counted, are matrix products too
+        assert sum(count for operator, count in counted.items() if "conv" not in operator) == head
+    assert convolutions(counted) == dense.flops - head + unasked(config, iteration)
 
 
-def unasked(config: Config) -> int:
+def unasked(config: Config, iteration: int | None = None) -> int:
     """FLOPs of the images' gradient in the framework's differentiation of weight gradients."""
-    inner, units = config.inner, 0
-    if inner.order == 1 or not inner.steps:
-        return 0
-    contexts = {"task": 1, "step": inner.steps}[inner.context_update] if inner.algorithm == "cxgrad" else 0
-    for layer in roofline.layers(config):
-        if isinstance(layer, Layer) and layer.on_images:
-            differentiated = inner.steps + (
-                contexts if contexts and layer.scaled and inner.initial_context_order == 2 else 0
-            )
-            units += differentiated * layer.unit
+    units = 0
+    for layer in layers(config):
+        if isinstance(layer, Layer) and not layer.below:
+            passes = passes_of(config, iteration, dense=True).passes
+            units += sum(each.times * each.second for each in passes if layer.name in each.weights) * layer.unit
     return units * config.task.ways * config.task.shots
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OTHERS])
 def test_the_engine_never_needs_more(case: str) -> None:
     """Regression of the engine's own convolution FLOPs (exact form, reference operators, one task).
 
@@ -165,7 +231,7 @@ def test_the_engine_never_needs_more(case: str) -> None:
     inner, saved = config.inner, 0
     contexts = {"task": 1, "step": inner.steps}[inner.context_update] if inner.algorithm == "cxgrad" else 0
     again = bool(contexts) and inner.order == 2 and inner.initial_context_order == 2 and inner.steps > 0
-    for layer in roofline.layers(config):
+    for layer in layers(config):
         if isinstance(layer, Layer) and layer.scaled and not layer.closed:
             # first: wgrad; again: conv(x, W) and, but on images, dgrad(dy, W), with the framework's unasked one there
             saved += contexts * (1 + 2 * again) * layer.unit

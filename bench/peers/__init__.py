@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from side import Parameters, Side, TorchSide, Unavailable, backward, device_of, dtype_of
+from side import Parameters, Side, TorchSide, Unavailable, backward, device_of, dtype_of, why_not_plain
 from torch import Tensor, nn
 
 from cxgrad_fast import Config, Episodes
@@ -94,9 +94,6 @@ def maml_side(
 
 
 def require_conv4(config: Config) -> None:
-    """Raises Unavailable unless the network is Conv-4 with batch norm and without biases."""
-    model = config.model
-    if (model.backbone, model.norm) != ("conv4", "batch"):
-        raise Unavailable(f"written for conv4 with batch norm, not {model.backbone} with {model.norm}")
-    if model.conv_bias:
-        raise Unavailable("written for convolutions without biases")
+    """Raises Unavailable unless the network is the plain Conv-4."""
+    if reason := why_not_plain(config.model):
+        raise Unavailable(reason)

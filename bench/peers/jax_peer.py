@@ -28,6 +28,8 @@ def build(config: Config, episodes: Episodes, parameters: Parameters, vmap: bool
     reason = limits(config)
     if reason:
         raise Unavailable(reason)
+    if config.outer.optimizer != "adam" or config.outer.clip_value or config.outer.clip_norm:
+        raise Unavailable("written for Adam, without clipping")
     jax = load_package("jax")
     if device_of(config).type == "cuda" and jax.default_backend() != "gpu":
         raise Unavailable("the installed jax has no CUDA device")
