@@ -47,8 +47,8 @@ less what the products above do not need (the first layer's X, dx, x'; W of a co
 p and one byte a pooled element (its arg-max) in the place of y, no u, and reads the saved sparse wgrad, not q. The end
 of a residual block is a visit of its own: both branches in, the pooled sum and a byte a position (its arg-max and
 sign) out; backwards the other way. An inner update reads weight and gradient and writes the weight, again for its
-second backward; Adam reads four and writes three tensors of the network's weights. An algorithm's own parameters are not
-counted.
+second backward; Adam reads four and writes three tensors of the network's weights. An algorithm's own parameters are
+not counted.
 """
 
 from __future__ import annotations
