@@ -61,7 +61,7 @@ test-sanitize: setup
 	$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
 	    $(BIN)/python -m pytest tests/test_registration.py tests/test_scale_weights.py tests/test_patch_statistics.py \
 	    tests/test_conv_block.py tests/test_conv_block_cpp.py tests/test_residual_end.py tests/test_residual_end_cpp.py \
-	    tests/test_recompute.py tests/test_tiles.py \
+	    tests/test_scaling_factors.py tests/test_recompute.py tests/test_tiles.py \
 	    -k "not opcheck and not gradcheck and not traced and not compiled" $(ARGS)
 
 # mypy sees the package as it is installed: a tree of links with kernels/ in its place

@@ -13,6 +13,7 @@
 #include "conv_block.h"
 #include "patch_statistics.h"
 #include "residual_end.h"
+#include "scaling_factors.h"
 #include "simd.h"
 #include "tiles.h"
 #include "weights.h"
@@ -336,6 +337,68 @@ Tensor checked_residual_end_double_backward(const Tensor& cotangent, const Tenso
   return residual_end_double_backward(cotangent, codes, slope, pool, padding);
 }
 
+// --- scaling_factors ---
+
+Scaler checked_scaler(const Tensor& context, const Tensor& w0, const Tensor& b0, const Tensor& w2, const Tensor& b2,
+                      double norm_eps, double least) {
+  TORCH_CHECK_VALUE(context.dim() == 2, "context must be [T, D], got ", context.sizes());
+  check_floating("context", context);
+  TORCH_CHECK_VALUE(w0.dim() == 2 && w0.size(1) == context.size(1) && none_is_zero(w0.sizes()), "w0 must be [H, ",
+                    context.size(1), "] (D from context), none 0, got ", w0.sizes());
+  TORCH_CHECK_VALUE(w2.dim() == 2 && w2.size(1) == w0.size(0) && none_is_zero(w2.sizes()), "w2 must be [L, ",
+                    w0.size(0), "] (H from w0), none 0, got ", w2.sizes());
+  check_shape("b0", b0, {w0.size(0)}, "H from w0");
+  check_shape("b2", b2, {w2.size(0)}, "L from w2");
+  for (const auto& [name, tensor] : {std::pair{"w0", w0}, {"b0", b0}, {"w2", w2}, {"b2", b2}})
+    check_like(name, tensor, "context", context);
+  TORCH_CHECK_VALUE(norm_eps >= 0 && std::isfinite(norm_eps), "norm_eps must be finite and not negative, got ",
+                    norm_eps);
+  TORCH_CHECK_VALUE(least >= 0 && std::isfinite(least), "least must be finite and not negative, got ", least);
+  return {context, w0, b0, w2, b2, norm_eps, least};
+}
+
+// on gammas or eps
+void check_factors(const char* name, const OptionalTensor& cotangent, const Scaler& scaler) {
+  if (!cotangent) return;
+  check_shape(name, *cotangent, {scaler.context.size(0), scaler.w2.size(0)}, "T from context, L from w2");
+  check_like(name, *cotangent, "context", scaler.context);
+}
+
+std::tuple<Tensor, Tensor> checked_scaling_factors(const Tensor& context, const Tensor& w0, const Tensor& b0,
+                                                   const Tensor& w2, const Tensor& b2, double norm_eps, double least) {
+  return scaling_factors(checked_scaler(context, w0, b0, w2, b2, norm_eps, least));
+}
+
+auto checked_scaling_factors_backward(const OptionalTensor& v, const OptionalTensor& e, const Tensor& context,
+                                      const Tensor& w0, const Tensor& b0, const Tensor& w2, const Tensor& b2,
+                                      double norm_eps, double least, std::array<bool, 5> needed) {
+  const Scaler scaler = checked_scaler(context, w0, b0, w2, b2, norm_eps, least);
+  check_factors("v", v, scaler);
+  check_factors("e", e, scaler);
+  return std::tuple_cat(scaling_factors_backward(v, e, scaler, needed));
+}
+
+auto checked_scaling_factors_double_backward(const OptionalTensor& on_context, const OptionalTensor& on_w0,
+                                             const OptionalTensor& on_b0, const OptionalTensor& on_w2,
+                                             const OptionalTensor& on_b2, const OptionalTensor& v,
+                                             const OptionalTensor& e, const Tensor& context, const Tensor& w0,
+                                             const Tensor& b0, const Tensor& w2, const Tensor& b2, double norm_eps,
+                                             double least, std::array<bool, 7> needed) {
+  const Scaler scaler = checked_scaler(context, w0, b0, w2, b2, norm_eps, least);
+  check_factors("v", v, scaler);
+  check_factors("e", e, scaler);
+  const std::pair<const char*, std::pair<const OptionalTensor&, const Tensor&>> cotangents[] = {
+      {"on_context", {on_context, context}}, {"on_w0", {on_w0, w0}}, {"on_b0", {on_b0, b0}}, {"on_w2", {on_w2, w2}},
+      {"on_b2", {on_b2, b2}}};
+  for (const auto& [name, pair] : cotangents) {
+    if (!pair.first) continue;
+    check_shape(name, *pair.first, pair.second.sizes(), "like what it is a cotangent of");
+    check_like(name, *pair.first, "context", context);
+  }
+  return std::tuple_cat(
+      scaling_factors_double_backward({on_context, on_w0, on_b0, on_w2, on_b2}, v, e, scaler, needed));
+}
+
 std::string instruction_set() {
   const std::string vectors = kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
   return has_tiles() ? vectors + " and AMX" : vectors;
@@ -389,6 +452,17 @@ TORCH_LIBRARY(cxgrad_fast, m) {
   m.def(
       "residual_end_double_backward(Tensor cotangent, Tensor codes, float slope, bool pool, int padding) -> Tensor");
 
+  m.def(
+      "scaling_factors(Tensor context, Tensor w0, Tensor b0, Tensor w2, Tensor b2, float norm_eps, float least)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "scaling_factors_backward(Tensor? v, Tensor? e, Tensor context, Tensor w0, Tensor b0, Tensor w2, Tensor b2,"
+      " float norm_eps, float least, bool[5] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "scaling_factors_double_backward(Tensor? on_context, Tensor? on_w0, Tensor? on_b0, Tensor? on_w2, Tensor? on_b2,"
+      " Tensor? v, Tensor? e, Tensor context, Tensor w0, Tensor b0, Tensor w2, Tensor b2, float norm_eps, float least,"
+      " bool[7] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // for tests and benches
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
   m.def("assume_tiles(bool? there) -> ()", &cxgrad::assume_tiles);
@@ -413,4 +487,7 @@ TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {
   m.impl("residual_end", &cxgrad::checked_residual_end);
   m.impl("residual_end_backward", &cxgrad::checked_residual_end_backward);
   m.impl("residual_end_double_backward", &cxgrad::checked_residual_end_double_backward);
+  m.impl("scaling_factors", &cxgrad::checked_scaling_factors);
+  m.impl("scaling_factors_backward", &cxgrad::checked_scaling_factors_backward);
+  m.impl("scaling_factors_double_backward", &cxgrad::checked_scaling_factors_double_backward);
 }

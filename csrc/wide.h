@@ -44,8 +44,8 @@ inline double sum(Vec<double> v) {
 }
 
 // sum of a[i] b[i] in float64: float32 products are exact there
-template <class T>
-inline double inner_product(const T* a, const T* b, int64_t count) {
+template <class A, class B>
+inline double inner_product(const A* a, const B* b, int64_t count) {
   constexpr int64_t W = kWidth<double>;
   Vec<double> sums[4] = {};  // independent, to hide the latency of an addition
   int64_t i = 0;

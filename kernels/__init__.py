@@ -10,6 +10,7 @@ from cxgrad_fast.kernels.normalize_weights.op import normalize_weights
 from cxgrad_fast.kernels.patch_statistics.op import PatchStatistics, patch_statistics
 from cxgrad_fast.kernels.residual_end.op import residual_end
 from cxgrad_fast.kernels.scale_weights.op import scale_weights
+from cxgrad_fast.kernels.scaling_factors.op import scaling_factors
 
 __all__ = [
     "PatchStatistics",
@@ -19,6 +20,7 @@ __all__ = [
     "release_buffers",
     "residual_end",
     "scale_weights",
+    "scaling_factors",
     "use_backend",
     "use_precision",
 ]

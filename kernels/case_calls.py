@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cxgrad_fast.kernels import conv_block, normalize_weights, patch_statistics, residual_end, scale_weights
+from cxgrad_fast.kernels import (
+    conv_block,
+    normalize_weights,
+    patch_statistics,
+    residual_end,
+    scale_weights,
+    scaling_factors,
+)
 from cxgrad_fast.kernels.cases import Case, Inputs
 
 
@@ -27,6 +34,8 @@ def call(case: Case, given: Inputs) -> tuple[Tensor, ...]:
         return tuple(patch_statistics(**arguments))
     if case.operator == "residual_end":
         return (residual_end(**arguments),)
+    if case.operator == "scaling_factors":
+        return tuple(scaling_factors(**arguments))
     return (conv_block(**arguments),)
 
 
@@ -58,11 +67,15 @@ def like(tensors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
 def margin(case: Case, given: Inputs) -> float:
     """Distance, in float64, of the case from where rounding decides: |z| at the kink, the two largest of a window.
 
+    The scaler's is that of its hidden layer from relu's kink.
+
     Below about 1e-4 two correct float32 results may differ by whole gradient entries.
     """
-    if case.operator not in ("conv_block", "residual_end") or not case.tasks:
+    if case.operator not in ("conv_block", "residual_end", "scaling_factors") or not case.tasks:
         return float("inf")
     exact = given.to(torch.float64)
+    if case.operator == "scaling_factors":
+        return float(F.linear(*(exact.tensors[name].detach() for name in ("context", "w0", "b0"))).abs().min())
     options: dict[str, Any] = {"slope": None if case.operator == "conv_block" else 1.0, "pool": False}
     constants = {name: value for name, value in exact.constants.items() if name not in ("patch_statistics", "padding")}
     with torch.no_grad():

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from cxgrad_fast.kernels.patch_statistics import reference as patches
 
-OPERATORS = ("conv_block", "scale_weights", "normalize_weights", "patch_statistics", "residual_end")
+OPERATORS = (
+    "conv_block",
+    "scale_weights",
+    "normalize_weights",
+    "patch_statistics",
+    "residual_end",
+    "scaling_factors",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Case:
             column of a wider tensor).
         content: normal; ties (small whole numbers: windows tie in every precision); flat (the right half of an image
             is constant); smooth (smooth images under high-pass filters: a variance a thousandth of the images'); dead
-            (one filter is zero: no variance).
+            (one filter is zero: no variance); zero_context; spread_factors (from 0.05 to 25).
+        context, hidden, layers, least: of the scaler: D, H, L, and the least factor.
         weights: shapes behind the task axis, of the operators on weights; the first tensor is shared by all tasks where
             ``shared_affine``.
     """
@@ -66,6 +74,10 @@ class Case:
     given: bool = False
     layout: str = "contiguous"
     content: str = "normal"
+    context: int = 5
+    hidden: int = 7
+    layers: int = 3
+    least: float = 0.0
     weights: tuple[tuple[int, ...], ...] = ()
 
 
@@ -99,6 +111,8 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, device: torch.device 
         if case.operator == "scale_weights":
             tensors["gammas"] = draw(case.tasks, len(case.weights)).mul_(0.3).exp_()
         return Inputs(_leaves(tensors), {})
+    if case.operator == "scaling_factors":
+        return _scaler_inputs(case, draw)
     x = _laid_out(case, _images(case, draw))
     if case.operator == "patch_statistics":
         return Inputs({}, {"x": x})
@@ -172,6 +186,21 @@ def _conv_block_inputs(case: Case, x: Tensor, draw: _Draw) -> Inputs:
         constants["x"] = tensors.pop("x")
         constants["patch_statistics"] = patches.patch_statistics(x)
     return Inputs(_leaves(tensors), constants)
+
+
+def _scaler_inputs(case: Case, draw: _Draw) -> Inputs:
+    tensors = {
+        "context": draw(case.tasks, case.context),
+        "w0": draw(case.hidden, case.context) / case.context**0.5,
+        "b0": draw(case.hidden),
+        "w2": draw(case.layers, case.hidden) / case.hidden**0.5,
+        "b2": draw(case.layers),
+    }
+    if case.content == "zero_context":
+        tensors["context"].zero_()
+    if case.content == "spread_factors":
+        tensors["b2"][0], tensors["b2"][1] = -3, 25
+    return Inputs(_leaves(tensors), {"norm_eps": case.eps, "least": case.least})
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -343,10 +372,27 @@ def _residual_end_cases() -> Iterator[Case]:
         )
 
 
+def _scaler_cases() -> Iterator[Case]:
+    def case(name: str, reason: str, **options: Any) -> Case:
+        return Case("scaling_factors", name, reason, **options)
+
+    yield case("plain", "different sizes, two tasks")
+    yield case("all_ones", "no axis may be squeezed", tasks=1, context=1, hidden=1, layers=1)
+    yield case("zero_context", "every step starts there", content="zero_context")
+    yield case("spread_factors", "softplus where it is exponential, and where it is linear", content="spread_factors")
+    yield case("17_tasks", "more than a block of tasks, vectors with a rest", tasks=17, context=19, hidden=21, layers=9)
+    yield case("zero_tasks", "an empty shard of a distributed meta-batch", tasks=0)
+    production = {"large": True, "context": 100, "hidden": 100, "eps": 1e-5, "least": 1e-11}
+    yield case("glyphs-32/5w1s", "preset glyphs-5w1s", **production, layers=4)
+    yield case("conv4-48/5w1s", "Conv-4, four tasks", **production, tasks=4, layers=4)
+    yield case("resnet12-64/5w5s", "ResNet-12, twelve layers", **production, layers=12)
+
+
 CASES: tuple[Case, ...] = (
     *_conv_block_cases(),
     *_weight_cases("scale_weights"),
     *_weight_cases("normalize_weights"),
     *_patch_statistics_cases(),
     *_residual_end_cases(),
+    *_scaler_cases(),
 )

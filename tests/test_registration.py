@@ -17,7 +17,7 @@ from cxgrad_fast.kernels.case_calls import call, derivatives, margin
 from cxgrad_fast.kernels.cases import CASES, Case, Inputs, inputs
 from cxgrad_fast.kernels.scale_weights.cpp import scale_weights
 
-OPERATORS = ("scale_weights", "normalize_weights", "patch_statistics", "residual_end")
+OPERATORS = ("scale_weights", "normalize_weights", "patch_statistics", "residual_end", "scaling_factors")
 SMALL = [case for case in CASES if case.operator in OPERATORS and not case.large]
 PRODUCTION = [case for case in CASES if case.operator in OPERATORS and case.large and "5w1s" in case.name]
 DIFFERENTIABLE = [case for case in SMALL if case.operator != "patch_statistics" and case.tasks]
@@ -69,7 +69,9 @@ def test_float64_equals_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", SMOOTH + [case for case in PRODUCTION if case.operator.endswith("weights")], ids=name_of
+    "case",
+    SMOOTH + [case for case in PRODUCTION if case.operator.endswith(("weights", "factors"))],
+    ids=name_of,
 )
 def test_float32_error_is_at_most_twice_the_reference_s(case: Case) -> None:
     seed = next(seed for seed in range(20) if margin(case, inputs(case, seed=seed)) > 1e-4)
