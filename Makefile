@@ -7,7 +7,7 @@ VERSIONS := -c constraints.txt
 # options of the command behind a verb: make train ARGS="--preset glyphs-5w5s --run.seed 1"
 ARGS ?=
 
-.PHONY: help setup train test test-all test-newest test-sanitize lint precision compare compare-precisions roofline bench bench-full bench-report bench-compare
+.PHONY: help setup train test test-all test-newest test-sanitize lint precision compare compare-precisions roofline bench bench-algorithms bench-full bench-report bench-compare
 .PHONY: bench-operators bench-peers contact-sheet clean
 
 help:
@@ -19,8 +19,9 @@ help:
 	@echo "make precision        errors of dL/dnu and dL/dw in every precision, against float64"
 	@echo "make compare-precisions  the README's table of accuracies in every precision, an hour"
 	@echo "make roofline         FLOPs, least bytes and time floor of a meta-step on this machine"
-	@echo "make bench            episodes per second against the per-task loop and other programs, 28x28"
-	@echo "make bench-full       the same at 84x84, an hour;  make bench-peers: install jax and higher for it"
+	@echo "make bench            episodes per second of every algorithm against its per-task loop, and other programs, 28x28"
+	@echo "make bench-algorithms every algorithm against its loop at 84x84, 5-way 5-shot"
+	@echo "make bench-full       CxGrad and MAML against other programs at 84x84;  make bench-peers: install these"
 	@echo "make bench-report     the README's speed table and docs/bench/, from bench/results/"
 	@echo "make bench-compare    two commits against each other: ARGS=\"BASE HEAD\""
 	@echo "make bench-operators  time of every operator, small cases"
@@ -84,14 +85,21 @@ precision: setup
 roofline: setup
 	$(BIN)/python bench/roofline.py $(ARGS)
 
+# every algorithm against its loop (a preset that is added is measured), then other programs where they know the algorithm
+OURS_AND_LOOP := --sides ours-cpp-compiled,loop --rounds 5
 bench: setup
-	$(BIN)/python bench/episodes.py --preset glyphs-5w1s,glyphs-5w5s --limit 30 $(ARGS)
-	$(BIN)/python bench/episodes.py --preset glyphs-5w1s --inner.algorithm maml --limit 30 $(ARGS)
+	$(BIN)/python bench/episodes.py --preset 'glyphs*-5w1s,glyphs*-5w5s' $(OURS_AND_LOOP) --turn 1 --limit 60 $(ARGS)
+	$(BIN)/python bench/episodes.py --preset glyphs-5w1s,glyphs-maml-5w1s,glyphs-anil-5w1s,glyphs-mamlpp-5w1s \
+	    --rounds 5 --turn 1 --limit 30 $(ARGS)
+
+# every algorithm as it was released, two tasks of it
+bench-algorithms: setup
+	$(BIN)/python bench/episodes.py --preset 'released*-mini-5w5s' --outer.meta_batch 2 $(OURS_AND_LOOP) --limit 600 $(ARGS)
 
 bench-full: setup
 	$(BIN)/python bench/episodes.py --preset released-mini-5w1s,released-mini-5w5s --outer.meta_batch 2 --limit 900 $(ARGS)
-	$(BIN)/python bench/episodes.py --preset released-mini-5w1s,released-mini-5w5s --outer.meta_batch 2 --limit 300 \
-	    --inner.algorithm maml --sides ours-reference,ours-cpp,loop,higher,learn2learn $(ARGS)
+	$(BIN)/python bench/episodes.py --preset released-maml-mini-5w1s,released-maml-mini-5w5s --outer.meta_batch 2 \
+	    --limit 300 $(ARGS)
 
 bench-report: setup
 	$(BIN)/python bench/report.py $(ARGS)

@@ -9,9 +9,12 @@ Then all sides take turns (A B C, C B A, ...). A turn is several steps in a row,
 whose data other processes have driven from the caches, stands apart (``cold_s`` in the result file). A side that cannot
 run, or not within its limit, or that does not compute the algorithm, keeps its row with the reason.
 
-Columns: episodes/s, median and 20-80 % quantiles; its ratio to the per-task loop, pair by pair; the share of the
-roofline limit (bench/roofline.py); peak memory of one step; operator calls (on CUDA: launches) of one step; seconds of
-the first step, and the part of them that is compilation or other work done once.
+The result file is written after every case; the same command, on the same machine and commit, takes an unfinished file
+up where it stopped. ``--preset 'glyphs*-5w1s'`` is every algorithm's.
+
+Columns: episodes/s, median and 20-80 % quantiles; its ratio to the per-task loop, pair by pair; the number of samples
+n; the share of the roofline limit (bench/roofline.py); peak memory of one step; operator calls (on CUDA: launches) of
+one step; seconds of the first step, and the part of them that is compilation or other work done once.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from equal_work import (
-    TIMED_TOLERANCE,
     TOLERANCE,
     Case,
     Truth,
@@ -41,16 +44,19 @@ from equal_work import (
     small_copy,
     truth,
 )
-from isolated import Direct, Host, Isolated
-from measure import RESULTS, Dropped, Timing, interleave, machine, machine_line, ratio, write_result
+from isolated import TURN_S, Direct, Host, Isolated
+from measure import RESULTS, Dropped, Timing, interleave, machine_line, ratio
+from result_file import ResultFile
+from rows import NOTHING, Row, describe, record, table
 from side import Unavailable, device_of
 from sides import BASELINE, COMPILING, SIDES, precision_of, refusal
 
 from cxgrad_fast import Config, InputError
 from cxgrad_fast.cli import build_config, run_command, split_settings
+from cxgrad_fast.config import PRESETS
+from cxgrad_fast.printable import shown
 
 DEFAULT = "released-mini-5w1s"
-NOTHING = Timing(())
 QUICK = {"model.filters": 4, "model.image_size": 20, "task.queries": 3, "inner.steps": 2, "inner.context_dim": 8}
 
 
@@ -63,78 +69,42 @@ class Answers:
     expected_small: Truth
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is known of one side in one case.
-
-    Attributes:
-        side: its name.
-        reason: why it has no figure, or not all of them; empty for most.
-        wrong: it does not do the same work.
-        errors: of the equal-work check.
-        seconds: of a meta-step, the mean of several in a row, one sample a turn.
-        cold: of the first step of each turn.
-        gain: loop's seconds over this side's, pair by pair.
-        share: of the roofline limit, in [0, 1]; None where the limit is not known.
-        peak_bytes: memory of a step, as :func:`measure.peak_memory` says.
-        operators: calls or launches of a step; None for a side that is one compiled program.
-        first_step_s: of the first step in its process.
-    """
-
-    side: str
-    reason: str = ""
-    wrong: bool = False
-    errors: dict[str, float] = field(default_factory=dict)
-    seconds: Timing = NOTHING
-    cold: Timing = NOTHING
-    gain: Timing = NOTHING
-    share: float | None = None
-    peak_bytes: int | None = None
-    operators: int | None = None
-    first_step_s: float | None = None
-
-    def rate(self, tasks: int) -> Timing:
-        """Episodes per second."""
-        return Timing(tuple(tasks / seconds for seconds in self.seconds.samples))
-
-    @property
-    def once_s(self) -> float | None:
-        """Seconds of the first step that later steps do not take: compilation, warm-up."""
-        if self.first_step_s is None or not self.seconds.samples:
-            return None
-        return max(0.0, self.first_step_s - self.seconds.median)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 1 where a side does other work."""
     settings, rest = split_settings(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(rest)
     names = _chosen(options.sides)
     configs = _configs(options, settings)
-    found = machine()
-    print(f"{machine_line(found)}\n", flush=True)
-    cases, wrong = [], False
-    for config in configs:
-        rows, limit = run_case(config, names, options.rounds, options.limit, options.in_process)
-        print("\n".join(table(config, rows, limit)) + "\n", flush=True)
-        cases.append(_record(config, rows, limit))
-        wrong = wrong or any(row.wrong for row in rows)
-    payload = {
-        "machine": found,
+    request = {
         "quick": options.quick,
         "rounds": options.rounds,
         "limit_s": options.limit,
-        "cases": cases,
+        "turn_s": options.turn,
+        "requested_sides": list(names),
     }
+    results = ResultFile("episodes", request, configs, None if options.no_save else options.out)
+    print(f"{machine_line(results.machine)}\n", flush=True)
+    for config in configs:
+        if results.has(config):
+            print(f"{describe(config)}: measured before, in {results.path}\n", flush=True)
+            continue
+        rows, limit = run_case(config, names, options.rounds, options.limit, options.turn, options.in_process)
+        print("\n".join(table(config, rows, limit)) + "\n", flush=True)
+        results.add(record(config, rows, limit))
     if options.json:
-        print(json.dumps(payload))
-    if not options.no_save:
-        print(f"written to {write_result('episodes', payload, options.out)}")
-    return 1 if wrong else 0
+        print(json.dumps(results.content))
+    if results.path:
+        print(f"written to {results.path}")
+    return 1 if any(side["wrong"] for case in results.cases for side in case["sides"]) else 0
 
 
 def run_case(
-    config: Config, names: Sequence[str], rounds: int, limit_s: float, in_process: bool = False
+    config: Config,
+    names: Sequence[str],
+    rounds: int,
+    limit_s: float,
+    turn_s: float = TURN_S,
+    in_process: bool = False,
 ) -> tuple[list[Row], dict[str, Any]]:
     """All sides of one case, checked and then timed against each other; and the roofline limit."""
     case, small = make_case(config, calm=True), make_case(small_copy(config))
@@ -155,7 +125,7 @@ def run_case(
         cold: dict[str, list[float]] = {name: [] for name in ready}
 
         def turn(name: str) -> float:
-            found = hosts[name].turn()
+            found = hosts[name].turn(turn_s)
             cold[name].append(found.cold)
             return found.mean
 
@@ -229,82 +199,6 @@ def _limit(config: Config) -> dict[str, Any]:
     }
 
 
-def describe(config: Config) -> str:
-    """A case in words."""
-    task, model, inner = config.task, config.model, config.inner
-    return (
-        f"{config.preset}, {inner.algorithm}: {task.ways}-way {task.shots}-shot, {config.outer.meta_batch} tasks, "
-        f"{model.backbone}/{model.filters} {model.image_size}x{model.image_size}, {inner.steps} steps of order "
-        f"{inner.order}, {config.run.precision} on {device_of(config).type}"
-    )
-
-
-COLUMNS = "side, episodes/s (20-80 %), x loop (20-80 %), of limit, peak MB, operators, first step s, once s, note"
-HEADER = (f"| {COLUMNS.replace(', ', ' | ')} |", "|" + "---|" * len(COLUMNS.split(", ")))
-
-
-def table(config: Config, rows: Sequence[Row], limit: dict[str, Any]) -> list[str]:
-    """Markdown: the case in words, the limit, a row for every side."""
-    tasks = config.outer.meta_batch
-    words = limit.get("reason") or (
-        f"limit {tasks / limit['floor_s']:.2f} episodes/s ({limit['flops'] / 1e9:.2f} GFLOP at "
-        f"{limit['peak_flops_per_s'] / 1e9:.0f} GFLOP/s, {limit['bytes'] / 1e6:.0f} MB at "
-        f"{limit['peak_bytes_per_s'] / 1e9:.1f} GB/s)"
-    )
-    return [f"**{describe(config)}**; {words}", "", *HEADER, *(_line(row, tasks) for row in rows)]
-
-
-def _line(row: Row, tasks: int) -> str:
-    cells = [
-        row.side,
-        _spread(row.rate(tasks)),
-        _spread(row.gain),
-        _cell(row.share, lambda share: f"{100 * share:.1f} %"),
-        _cell(row.peak_bytes, lambda peak: f"{peak / 1e6:.0f}"),
-        _cell(row.operators, str),
-        _cell(row.first_step_s, lambda seconds: f"{seconds:.2f}"),
-        _cell(row.once_s, lambda seconds: f"{seconds:.2f}"),
-        row.reason,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: Any, shown: Callable[[Any], str]) -> str:
-    return "-" if value is None else shown(value)
-
-
-def _spread(timing: Timing) -> str:
-    if not timing.samples:
-        return "-"
-    return f"{timing.median:.3g} ({timing.p20:.3g}-{timing.p80:.3g})"
-
-
-def _record(config: Config, rows: Sequence[Row], limit: dict[str, Any]) -> dict[str, Any]:
-    tasks = config.outer.meta_batch
-    sides = []
-    for row in rows:
-        timings = {
-            "seconds": row.seconds,
-            "cold_s": row.cold,
-            "episodes_per_s": row.rate(tasks),
-            "ratio_to_loop": row.gain,
-        }
-        plain = {key: value for key, value in asdict(row).items() if key not in ("seconds", "cold", "gain", "share")}
-        figures = {key: timing.as_dict() for key, timing in timings.items() if timing.samples}
-        sides.append({**plain, "once_s": row.once_s, "fraction_of_limit": row.share, **figures})
-    precision = config.run.precision
-    tolerances = {"small": TOLERANCE[precision], "timed": TIMED_TOLERANCE[precision]}
-    return {
-        "description": describe(config),
-        "device": device_of(config).type,
-        "config": config.flat(),
-        "preset": config.preset,
-        "limit": limit,
-        "tolerances": tolerances,
-        "sides": sides,
-    }
-
-
 def _configs(options: argparse.Namespace, settings: dict[str, object]) -> list[Config]:
     """The cases: presets times the values of every ``--sweep``.
 
@@ -318,13 +212,28 @@ def _configs(options: argparse.Namespace, settings: dict[str, object]) -> list[C
             raise InputError(f"--sweep takes SETTING=V1,V2, got '{words}'")
         sweeps.append([(setting, value) for value in values.split(",")])
     configs = []
-    for name, *values in itertools.product(options.preset.split(","), *sweeps):
-        base = {"data.source": "glyphs", **(QUICK if options.quick else {})}
-        configs.append(build_config(name, None, {**base, **settings, **dict(values)}))
+    for name, *values in itertools.product(_presets(options.preset), *sweeps):
+        asked = {"data.source": "glyphs", **settings, **dict(values)}
+        config = build_config(name, None, asked)
+        if options.quick:  # those words that the algorithm has
+            known = config.flat()
+            config = build_config(name, None, {word: QUICK[word] for word in QUICK if word in known} | asked)
+        configs.append(config)
     for config in configs:
         if config.run.precision not in TOLERANCE:
             raise InputError(f"run.precision = {config.run.precision} has no tolerance in bench/equal_work.py yet")
     return configs
+
+
+def _presets(words: str) -> list[str]:
+    """The presets that are named; a word with a ``*`` is all that match it."""
+    found: list[str] = []
+    for word in words.split(","):
+        names = [name for name in PRESETS if fnmatchcase(name, word)] if "*" in word else [word]
+        if not names:
+            raise InputError(f"--preset: no preset matches {shown(word)}")
+        found += names
+    return found
 
 
 def _chosen(words: str) -> list[str]:
@@ -341,10 +250,13 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default=DEFAULT, help="one or several, separated by commas")
+    parser.add_argument("--preset", default=DEFAULT, help="one or several, separated by commas; * as in file names")
     parser.add_argument("--sweep", action="append", default=[], metavar="SETTING=V1,V2", help="a case for every value")
     parser.add_argument("--sides", default="", help=f"default: {','.join(SIDES)}")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--turn", type=float, default=TURN_S, help="seconds of steps in a row that a sample should take"
+    )
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a side may spend on one case, all in all")
     parser.add_argument("--quick", action="store_true", help="a tiny network: a trial of the command, no figures")
     parser.add_argument("--in-process", action="store_true", help="no child processes, no limits: to debug a side")

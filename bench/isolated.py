@@ -56,8 +56,8 @@ class Host(Protocol):
         """Seconds that one meta-training step took."""
         ...
 
-    def turn(self) -> Turn:
-        """One step, and as many after it as take about TURN_S seconds, within TURN_STEPS."""
+    def turn(self, seconds: float = TURN_S) -> Turn:
+        """One step, and as many after it as take about so many seconds, within TURN_STEPS."""
         ...
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]: ...
@@ -88,10 +88,10 @@ class Direct:
         synchronize(self._device)
         return time.perf_counter() - begin
 
-    def turn(self) -> Turn:
+    def turn(self, seconds: float = TURN_S) -> Turn:
         cold = self.step()
         fewest, most = TURN_STEPS
-        count = max(fewest, min(most, round(TURN_S / max(cold, 1e-9))))
+        count = max(fewest, min(most, round(seconds / max(cold, 1e-9))))
         return Turn(cold, [self.step() for _ in range(count)])
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
@@ -139,8 +139,8 @@ class Isolated:
         self._stepped = True
         return seconds
 
-    def turn(self) -> Turn:
-        cold, steps = self._ask("turn")
+    def turn(self, seconds: float = TURN_S) -> Turn:
+        cold, steps = self._ask("turn", seconds)
         return Turn(cold, steps)
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
@@ -218,7 +218,7 @@ def _perform(side: Direct, method: str, arguments: list[Any]) -> Any:
         return side.build(config, Episodes(**_tensors(sets), ways=config.task.ways), _tensors(parameters))
     if method == "load":
         return side.load(_tensors(arguments[0]))
-    found = getattr(side, method)()
+    found = getattr(side, method)(*arguments)
     if method == "turn":
         return tuple(found)  # the child's own classes are not the parent's
     if method == "gradients":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,8 @@ import equal_work
 import isolated
 import measure
 import pytest
-import report
+import result_file
+import rows
 import sides
 import torch
 from helpers import config_of
@@ -23,6 +24,7 @@ from measure import Dropped, Timing, interleave, ratio
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes
+from cxgrad_fast.config import ALGORITHMS
 from cxgrad_fast.kernels import registration
 
 QUICK = ["--quick", "--in-process", "--rounds", "2", "--outer.meta_batch", "2", "--run.device", "cpu"]
@@ -144,6 +146,7 @@ def test_a_turn_is_several_steps_in_a_row(seconds: float, count: int, monkeypatc
     turn = host.turn()
     assert (turn.cold, len(turn.steps)) == (pytest.approx(3 * seconds), count)
     assert turn.mean == pytest.approx(seconds)
+    assert len(host.turn(0.0).steps) == 2
 
 
 # --- the command ---
@@ -184,7 +187,7 @@ def test_a_side_that_does_other_work_gets_no_figure(
     assert episodes.main([*QUICK, "--sides", "loop,faulty", "--out", str(tmp_path)]) == 1
     rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
     assert "not the same work" in rows["| faulty"]
-    assert rows["| faulty"].count("- |") == 7
+    assert rows["| faulty"].count("- |") == 8
     assert " | 1 (1-1) | " in rows["| loop"]
     (path,) = tmp_path.glob("*.json")
     side = json.loads(path.read_text())["cases"][0]["sides"][1]
@@ -278,9 +281,64 @@ def test_result_file_and_table(capsys: pytest.CaptureFixture[str], tmp_path: Pat
             assert side["first_step_s"] > 0
 
 
+@pytest.mark.parametrize("word", ["glyphs*-5w1s", "glyphs*-5w5s", "released*-mini-5w5s"])
+def test_a_star_is_every_algorithm(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is added is measured without a word in bench/."""
+    measured: list[str] = []
+
+    def run_case(config: Config, *_: Any) -> tuple[list[rows.Row], dict[str, Any]]:
+        measured.append(config.inner.algorithm)
+        return [], {"reason": "not asked for"}
+
+    monkeypatch.setattr(episodes, "run_case", run_case)
+    assert episodes.main(["--preset", word, "--no-save", "--quick"]) == 0
+    assert set(measured) == set(ALGORITHMS)
+    assert len(measured) == len(set(measured))
+
+
+def test_a_command_that_was_stopped_takes_its_file_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every case is in the file as soon as it is measured; other words, or a file that is whole, are a new start."""
+    asked: list[str] = []
+    stop_at = "glyphs-anil-5w1s"
+
+    def run_case(config: Config, *_: Any) -> tuple[list[rows.Row], dict[str, Any]]:
+        if config.preset == stop_at:
+            raise KeyboardInterrupt
+        asked.append(config.preset)
+        return [rows.Row("loop", "not timed", seconds=Timing((1.0,)))], {"reason": "not asked for"}
+
+    here, starts = measure.machine(), count()
+    monkeypatch.setattr(result_file, "machine", lambda: {**here, "date": f"2026-01-01T00:00:{next(starts):02}+00:00"})
+    monkeypatch.setattr(episodes, "run_case", run_case)
+    (tmp_path / "2020-01-01T000000-episodes.json").write_text("[]")  # somebody else's
+    command = ["--preset", "glyphs-maml-5w1s,glyphs-cavia-5w1s,glyphs-anil-5w1s", "--out", str(tmp_path)]
+
+    def files() -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*-episodes.json"))[1:]]
+
+    with pytest.raises(KeyboardInterrupt):
+        episodes.main(command)
+    (content,) = files()
+    assert [case["preset"] for case in content["cases"]] == ["glyphs-maml-5w1s", "glyphs-cavia-5w1s"]
+    assert content["complete"] is False
+    with pytest.raises(KeyboardInterrupt):
+        episodes.main([*command, "--rounds", "2"])
+    assert len(asked) == 4
+    stop_at = ""
+    assert episodes.main(command) == 0
+    assert asked[4:] == ["glyphs-anil-5w1s"]
+    first, second = files()
+    assert (len(first["cases"]), first["complete"]) == (3, True)
+    assert (len(second["cases"]), second["complete"]) == (2, False)
+    assert first["machine"] == content["machine"]
+    assert episodes.main(command) == 0
+    assert len(asked) == 5 + 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--preset", "nothing*"], "no preset matches 'nothing"),
         (["--sides", "nobody"], "--sides takes names of"),
         (["--sweep", "inner.steps"], "--sweep takes SETTING=V1,V2"),
         (["--run.precision", "bfloat16"], "no tolerance"),
@@ -290,80 +348,3 @@ def test_result_file_and_table(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 def test_bad_words_are_named(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         episodes.main(words)
-
-
-# --- the report ---
-
-
-def made_up(folder: Path, stamp: str, rate: float, tasks: tuple[int, ...] = (1, 2, 4), **machine: Any) -> None:
-    """A result file of two sides, as ``write_result`` writes it."""
-
-    def spread(value: float) -> dict[str, Any]:
-        return {"median": value, "p20": 0.9 * value, "p80": 1.1 * value, "n": 3, "samples": [value] * 3}
-
-    def case(count: int) -> dict[str, Any]:
-        fast = {"side": "ours-cpp", "reason": "", "fraction_of_limit": 0.5, "peak_bytes": 2_000_000}
-        fast |= {"episodes_per_s": spread(rate * count), "ratio_to_loop": spread(2.0)}
-        absent = {"side": "jax-map", "reason": "not installed", "fraction_of_limit": None, "peak_bytes": None}
-        settings = config_of(outer__meta_batch=count).flat()
-        return {"device": "cpu", "config": settings, "sides": [fast, absent]}
-
-    where = {"cpu": "Some CPU", "threads": 2, "gpu": None, "commit": "0123456789ab-dirty", "date": stamp} | machine
-    content = {"name": "episodes", "machine": where, "quick": False, "cases": [case(count) for count in tasks]}
-    (folder / f"{stamp}-episodes.json").write_text(json.dumps(content))
-
-
-def test_report_renders_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    results.mkdir()
-    made_up(results, "2026-01-01T000000", 1.0)
-    made_up(results, "2026-01-02T000000", 3.0, tasks=(1,))  # newer: wins where both measured
-    (results / "2026-01-03T000000-compare.json").write_text(json.dumps({"name": "compare", "machine": {}}))
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    words = ["--results", str(results), "--readme", str(readme), "--plots", str(tmp_path / "plots")]
-    assert report.main(words) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| 3 (2.7-3.3) cpp | 2 (1.8-2.2) | 50.0 % | 2 / - | - |" in text
-    assert "| 2 (1.8-2.2) cpp | 2 (1.8-2.2) | 50.0 % | 2 / - | - |" in text
-    assert "01234567-dirty" in text
-    plots = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert plots == {"episodes-0.png", "limit-0.png", "scaling-meta_batch-0.png", "README.md"}
-    page = (tmp_path / "plots" / "README.md").read_text()
-    assert "| ours-cpp | 3 (2.7-3.3) | 2 (1.8-2.2) | 50.0 % | 2 |" in page
-    assert "| jax-map | not installed | - | - | - |" in page
-    assert "![scaling-meta_batch-0](scaling-meta_batch-0.png)" in page
-    assert report.main(words) == 0
-    assert readme.read_text() == text  # again, the same
-    readme.write_text("no markers")
-    assert report.main(words) == 0
-    assert readme.read_text() == "no markers"
-    assert "no markers" in capsys.readouterr().out
-
-
-def test_a_case_shows_the_best_of_ours_and_of_other_programs(tmp_path: Path) -> None:
-    made_up(tmp_path, "2026-01-01T000000", 1.0, tasks=(1,))
-    (cpp, _) = report.read_figures(tmp_path)
-
-    def side(name: str, rate: float) -> report.Figure:
-        return replace(cpp, side=name, rate={"median": rate, "p20": rate, "p80": rate}, peak_bytes=int(rate * 1e6))
-
-    figures = [side("ours-reference", 5), side("ours-cpp", 7), side("loop", 4), side("higher", 1), side("jax-map", 2)]
-    figures.append(side("ours-cpp-bfloat16-compiled", 12))  # less exact: among all sides, not here
-    row = report.summary(figures).splitlines()[-1]
-    assert row.endswith(" | 7 (7-7) cpp | 2 (1.8-2.2) | 50.0 % | 7 / 4 | jax-map: 2 |")
-    assert report.summary(figures[3:5]).splitlines()[-1].endswith(" | - | - | - | - | jax-map: 2 |")
-
-
-def test_scaling_joins_what_differs_in_one_setting_only(tmp_path: Path) -> None:
-    made_up(tmp_path, "2026-01-01T000000", 1.0)
-    figures = [figure for figure in report.read_figures(tmp_path) if figure.rate]
-    assert report.scaling(figures, "outer.meta_batch") == {"ours-cpp, cxgrad": [(1, 1.0), (2, 2.0), (4, 4.0)]}
-    assert report.scaling(figures, "task.shots") == {}
-
-
-def test_report_without_results_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run make bench first"):
-        report.main(["--results", str(tmp_path)])
