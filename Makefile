@@ -63,6 +63,7 @@ test-sanitize: setup
 	    $(BIN)/python -m pytest tests/test_registration.py tests/test_scale_weights.py tests/test_patch_statistics.py \
 	    tests/test_conv_block.py tests/test_conv_block_cpp.py tests/test_residual_end.py tests/test_residual_end_cpp.py \
 	    tests/test_scaling_factors.py tests/test_recompute.py tests/test_tiles.py \
+	    tests/test_linear_cross_entropy.py tests/test_linear_cross_entropy_cpp.py \
 	    -k "not opcheck and not gradcheck and not traced and not compiled" $(ARGS)
 
 # mypy sees the package as it is installed: a tree of links with kernels/ in its place

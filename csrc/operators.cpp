@@ -11,6 +11,7 @@
 
 #include "buffers.h"
 #include "conv_block.h"
+#include "linear_cross_entropy.h"
 #include "patch_statistics.h"
 #include "residual_end.h"
 #include "scaling_factors.h"
@@ -399,6 +400,83 @@ auto checked_scaling_factors_double_backward(const OptionalTensor& on_context, c
       scaling_factors_double_backward({on_context, on_w0, on_b0, on_w2, on_b2}, v, e, scaler, needed));
 }
 
+// --- linear_cross_entropy ---
+
+// what every order has; the labels as Long
+Tensor check_head(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& labels) {
+  TORCH_CHECK_VALUE(x.dim() >= 3, "x must be [T, S, ...], got ", x.sizes());
+  check_floating("x", x);
+  TORCH_CHECK_VALUE(none_is_zero(x.sizes().slice(1)), "x must be [T, S, ...], of which T alone may be 0, got ",
+                    x.sizes());
+  const int64_t tasks = x.size(0), features = c10::multiply_integers(x.sizes().slice(2));
+  TORCH_CHECK_VALUE(weight.dim() == 3 && weight.size(0) == tasks && weight.size(2) == features, "weight must be [",
+                    tasks, ", N, ", features, "] (T and D from x), got ", weight.sizes());
+  check_like("weight", weight, "x", x);
+  const int64_t ways = weight.size(1);
+  TORCH_CHECK_VALUE(ways > 0, "weight must have an output, got ", weight.sizes());
+  check_shape("bias", bias, {tasks, ways}, "T from x, N from weight");
+  check_like("bias", bias, "x", x);
+  check_shape("labels", labels, x.sizes().slice(0, 2), "T and S from x");
+  TORCH_CHECK_VALUE(at::isIntegralType(labels.scalar_type(), false) && labels.device() == x.device(),
+                    "labels must be whole numbers on ", x.device(), ", got ", labels.scalar_type(), " on ",
+                    labels.device());
+  const Tensor whole = labels.to(at::kLong).contiguous();
+  const int64_t* label = whole.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < whole.numel(); ++i)
+    TORCH_CHECK_VALUE(label[i] >= 0 && label[i] < ways, "labels must be from 0 to ", ways - 1, ", got ", label[i]);
+  return whole;
+}
+
+// what the derivatives have
+void check_head_gradients(const OptionalTensor& losses_gradient, const OptionalTensor& logits_gradient, const Tensor& x,
+                          const Tensor& weight, const Tensor& probabilities) {
+  const std::vector<int64_t> sizes{x.size(0), x.size(1), weight.size(1)};
+  check_shape("probabilities", probabilities, sizes, "the forward operator's output");
+  TORCH_CHECK_VALUE(probabilities.scalar_type() == at::kDouble, "probabilities must be Double, got ",
+                    probabilities.scalar_type());
+  TORCH_CHECK_VALUE(losses_gradient || logits_gradient, "losses_gradient or logits_gradient must be there");
+  if (losses_gradient) {
+    check_shape("losses_gradient", *losses_gradient, x.sizes().slice(0, 1), "T from x");
+    check_like("losses_gradient", *losses_gradient, "x", x);
+  }
+  if (logits_gradient) {
+    check_shape("logits_gradient", *logits_gradient, sizes, "T and S from x, N from weight");
+    check_like("logits_gradient", *logits_gradient, "x", x);
+  }
+}
+
+auto checked_linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& labels) {
+  return linear_cross_entropy(x, weight, bias, check_head(x, weight, bias, labels));
+}
+
+auto checked_linear_cross_entropy_backward(const OptionalTensor& losses_gradient, const OptionalTensor& logits_gradient,
+                                           const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                           const Tensor& labels, const Tensor& probabilities, bool need_x,
+                                           bool need_weight) {
+  const Tensor whole = check_head(x, weight, bias, labels);
+  check_head_gradients(losses_gradient, logits_gradient, x, weight, probabilities);
+  return linear_cross_entropy_backward(losses_gradient, logits_gradient, x, weight, whole, probabilities, need_x,
+                                       need_weight);
+}
+
+auto checked_linear_cross_entropy_double_backward(const OptionalTensor& on_x, const OptionalTensor& on_weight,
+                                                  const OptionalTensor& on_bias, const OptionalTensor& losses_gradient,
+                                                  const OptionalTensor& logits_gradient, const Tensor& x,
+                                                  const Tensor& weight, const Tensor& bias, const Tensor& labels,
+                                                  const Tensor& probabilities, bool need_x, bool need_weight) {
+  const Tensor whole = check_head(x, weight, bias, labels);
+  check_head_gradients(losses_gradient, logits_gradient, x, weight, probabilities);
+  const std::pair<const char*, std::pair<const OptionalTensor&, const Tensor&>> cotangents[] = {
+      {"on_x", {on_x, x}}, {"on_weight", {on_weight, weight}}, {"on_bias", {on_bias, bias}}};
+  for (const auto& [name, pair] : cotangents) {
+    if (!pair.first) continue;
+    check_shape(name, *pair.first, pair.second.sizes(), "like what it is a cotangent of");
+    check_like(name, *pair.first, "x", x);
+  }
+  return linear_cross_entropy_double_backward(on_x, on_weight, on_bias, losses_gradient, logits_gradient, x, weight,
+                                              whole, probabilities, need_x, need_weight);
+}
+
 std::string instruction_set() {
   const std::string vectors = kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
   return has_tiles() ? vectors + " and AMX" : vectors;
@@ -463,6 +541,15 @@ TORCH_LIBRARY(cxgrad_fast, m) {
       " Tensor? v, Tensor? e, Tensor context, Tensor w0, Tensor b0, Tensor w2, Tensor b2, float norm_eps, float least,"
       " bool[7] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  m.def("linear_cross_entropy(Tensor x, Tensor weight, Tensor bias, Tensor labels) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor? losses_gradient, Tensor? logits_gradient, Tensor x, Tensor weight,"
+      " Tensor bias, Tensor labels, Tensor probabilities, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_double_backward(Tensor? on_x, Tensor? on_weight, Tensor? on_bias, Tensor? losses_gradient,"
+      " Tensor? logits_gradient, Tensor x, Tensor weight, Tensor bias, Tensor labels, Tensor probabilities, bool need_x,"
+      " bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // for tests and benches
   m.def("take_convolution_count() -> int", &cxgrad::take_convolution_count);
   m.def("assume_tiles(bool? there) -> ()", &cxgrad::assume_tiles);
@@ -490,4 +577,7 @@ TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {
   m.impl("scaling_factors", &cxgrad::checked_scaling_factors);
   m.impl("scaling_factors_backward", &cxgrad::checked_scaling_factors_backward);
   m.impl("scaling_factors_double_backward", &cxgrad::checked_scaling_factors_double_backward);
+  m.impl("linear_cross_entropy", &cxgrad::checked_linear_cross_entropy);
+  m.impl("linear_cross_entropy_backward", &cxgrad::checked_linear_cross_entropy_backward);
+  m.impl("linear_cross_entropy_double_backward", &cxgrad::checked_linear_cross_entropy_double_backward);
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import (
     conv_block,
+    linear_cross_entropy,
     normalize_weights,
     patch_statistics,
     residual_end,
@@ -36,6 +37,11 @@ def call(case: Case, given: Inputs) -> tuple[Tensor, ...]:
         return (residual_end(**arguments),)
     if case.operator == "scaling_factors":
         return tuple(scaling_factors(**arguments))
+    if case.operator == "linear_cross_entropy":
+        if case.shared_affine:
+            shared = {name: tensors[name] for name in ("weight", "bias")}
+            arguments |= {name: tensor.expand(case.tasks, *tensor.shape[1:]) for name, tensor in shared.items()}
+        return linear_cross_entropy(**arguments)
     return (conv_block(**arguments),)
 
 

@@ -22,6 +22,7 @@ OPERATORS = (
     "patch_statistics",
     "residual_end",
     "scaling_factors",
+    "linear_cross_entropy",
 )
 
 
@@ -39,7 +40,7 @@ class Case:
         first_layer: with patch statistics, images that require no gradient.
         eps: of the norm: about this, one a task and differentiable.
         number_eps: one plain number instead.
-        shared_affine: scale and bias are ``[1, Cout]``.
+        shared_affine: scale and bias are ``[1, Cout]``; a linear layer's weight and bias are expanded over the tasks.
         given: normalise with given statistics.
         layout: of x in memory: contiguous, channels_last, image_major (``[S, T, ...]`` turned), strided (every second
             column of a wider tensor).
@@ -93,7 +94,7 @@ class Inputs:
         tensors = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.tensors.items()}
         constants = dict(self.constants)
         for name, value in constants.items():
-            if name != "patch_statistics" and isinstance(value, Tensor):
+            if name not in ("patch_statistics", "labels") and isinstance(value, Tensor):
                 constants[name] = value.to(dtype)
             elif name == "statistics" and value is not None:
                 constants[name] = tuple(part.to(dtype) for part in value)
@@ -119,6 +120,8 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, device: torch.device 
     if case.operator == "residual_end":
         options = {"slope": case.slope, "pool": case.pool, "padding": case.padding}
         return Inputs(_leaves({"x": x, "shortcut": _laid_out(case, _images(case, draw))}), options)
+    if case.operator == "linear_cross_entropy":
+        return _linear_cross_entropy_inputs(case, x, draw)
     return _conv_block_inputs(case, x, draw)
 
 
@@ -201,6 +204,14 @@ def _scaler_inputs(case: Case, draw: _Draw) -> Inputs:
     if case.content == "spread_factors":
         tensors["b2"][0], tensors["b2"][1] = -3, 25
     return Inputs(_leaves(tensors), {"norm_eps": case.eps, "least": case.least})
+
+
+def _linear_cross_entropy_inputs(case: Case, x: Tensor, draw: _Draw) -> Inputs:
+    """All of x's features are the layer's inputs, ``out`` are the classes."""
+    own, features = 1 if case.shared_affine else case.tasks, case.channels * case.height * case.width
+    tensors = {"x": x, "weight": draw(own, case.out, features) / features**0.5, "bias": draw(own, case.out)}
+    labels = torch.randint(case.out, (case.tasks, case.images), generator=draw.generator)
+    return Inputs(_leaves(tensors), {"labels": labels.to(x.device)})
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -388,6 +399,33 @@ def _scaler_cases() -> Iterator[Case]:
     yield case("resnet12-64/5w5s", "ResNet-12, twelve layers", **production, layers=12)
 
 
+def _linear_cross_entropy_cases() -> Iterator[Case]:
+    def case(name: str, reason: str, **options: Any) -> Case:
+        return Case("linear_cross_entropy", name, reason, **{"height": 3, "width": 3} | options)
+
+    five = {"images": 5, "out": 5}
+    yield case("plain", "images of several channels, as conv_block hands them on")
+    yield case("5w1s", "a support set: one image a class", **five, channels=8, height=1, width=1)
+    yield case("5w5s", "more images than are one block", images=25, out=5, channels=8, height=1, width=1)
+    yield case("one_image", "a mean over one", images=1)
+    yield case("one_task", "the task axis must not be squeezed", tasks=1)
+    yield case("2_ways", "fewer classes than a register block has", out=2)
+    yield case("one_way", "a single class: no loss, and no gradient of it", out=1, height=1)
+    yield case("20_ways", "more classes than a register block has", out=20, height=1)
+    yield case("many_features", "more than are summed in one block", channels=1, height=3, width=363, images=2, out=2)
+    yield case("expanded", "one weight for all tasks, without a copy", shared_affine=True)
+    yield case("channels_last", "what conv_block hands on", layout="channels_last")
+    yield case("image_major", "what a chain of reference blocks hands on", layout="image_major")
+    yield case("strided", "a slice of a wider tensor, NaN between its columns", layout="strided")
+    yield case("zero_tasks", "an empty shard of a distributed meta-batch", tasks=0)
+    large = {"large": True, "out": 5, "shared_affine": True}
+    glyphs = {"channels": 32, "height": 1, "width": 1}
+    yield case("glyphs-32/5w1s", "preset glyphs-5w1s", **large, images=5, **glyphs)
+    conv4 = {"channels": 48, "height": 5, "width": 5, "layout": "channels_last"}
+    yield case("conv4-48/5w1s", "support set, released-mini-5w1s", **large, tasks=4, images=5, **conv4)
+    yield case("conv4-48/query", "query set, released-mini-5w5s", **large, images=75, **conv4)
+
+
 CASES: tuple[Case, ...] = (
     *_conv_block_cases(),
     *_weight_cases("scale_weights"),
@@ -395,4 +433,5 @@ CASES: tuple[Case, ...] = (
     *_patch_statistics_cases(),
     *_residual_end_cases(),
     *_scaler_cases(),
+    *_linear_cross_entropy_cases(),
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import (
     conv_block,
+    linear_cross_entropy,
     normalize_weights,
     patch_statistics,
     residual_end,
@@ -282,7 +283,36 @@ def _edges_of_weights() -> None:
     both("zeros", 2, lambda: [torch.zeros(2, 3), _draw(2, 3)])
 
 
+def _edges_of_heads() -> None:
+    def head(
+        name: str, shape: tuple[int, ...], ways: int = 3, refused: str = "", dtype: torch.dtype = torch.float32
+    ) -> None:
+        def operator(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            labels = torch.arange(x.shape[1], device=x.device).remainder(max(ways, 1)).expand(len(x), x.shape[1])
+            return linear_cross_entropy(x, weight, bias, labels)
+
+        def tensors() -> list[Tensor]:
+            features = math.prod(shape[2:])
+            drawn = _draw(*shape), _draw(shape[0], ways, features, seed=1), _draw(shape[0], ways, seed=2)
+            return [tensor.to(dtype) for tensor in drawn]
+
+        leaves = 0 if refused else 3
+        EDGES.append(Edge(f"linear_cross_entropy-{name}", operator, tensors, leaves, refused, second=not refused))
+
+    nothing = "x must be [T, S, ...], of which T alone may be 0, got {}"
+    for name, shape in {"image": (2, 0, 4), "feature": (2, 3, 0), "row": (2, 3, 2, 0, 4), "axis": (2, 3)}.items():
+        head(f"no_{name}", shape, refused=nothing.format(list(shape)))
+    head("no_class", (2, 3, 4), ways=0, refused="weight must have at least one output, got [2, 0, 4]")
+    for dtype in (torch.int64, torch.complex64):
+        head(f"{dtype}", (2, 3, 4), refused=f"x must be floating point, got {dtype}", dtype=dtype)
+    head("no_task", (0, 3, 4))
+    head("no_task_images", (0, 3, 2, 2, 2))
+    head("one_number", (1, 1, 1), ways=1)
+    head("many_axes", (2, 3, 2, 1, 2, 1, 3))
+
+
 _edges_of_blocks()
+_edges_of_heads()
 _edges_of_images()
 _edges_of_weights()
 
