@@ -9,9 +9,11 @@ import math
 from dataclasses import dataclass, replace
 
 from cxgrad_fast.algorithms import build_algorithm
+from cxgrad_fast.algorithms.metric import Metric
 from cxgrad_fast.config import Config, ModelConfig
 from cxgrad_fast.models import build_backbone
 
+HEAD = "head"
 CONTEXT = "context"  # below the head, among the names of layers: context parameters that join the features
 
 
@@ -164,8 +166,10 @@ Network = list[Layer | ResidualEnd]
 
 def layers(config: Config) -> Network:
     """The network of ``config``, in forward order, the head, where the algorithm has one, last."""
-    declared = build_algorithm(config, build_backbone(config.model)).declared
-    head = math.prod(declared["head.weight"].shape) if "head.weight" in declared else 0
+    algorithm = build_algorithm(config, build_backbone(config.model))
+    head = 0 if isinstance(algorithm, Metric) else config.task.ways * algorithm.backbone.width
+    if "head.weight" in algorithm.declared:  # CAVIA's may read more than the features
+        head = math.prod(algorithm.declared["head.weight"].shape)
     return _conv4(config, head) if config.model.backbone == "conv4" else _resnet12(config, head)
 
 
@@ -207,4 +211,4 @@ def _convolution(name: str, model: ModelConfig, kernel: int, inputs: int, output
 
 
 def _head(ways: int, weight: int, read: int, below: frozenset[str]) -> list[Layer]:
-    return [Layer("head", weight, 1, read, ways, below | {CONTEXT}, scaled=False)] if weight else []
+    return [Layer(HEAD, weight, 1, read, ways, below | {CONTEXT}, scaled=False)] if weight else []

@@ -8,11 +8,12 @@ has those whose passes are others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from layers import CONTEXT, Asked, Layer, Network, ResidualEnd
+from layers import CONTEXT, HEAD, Asked, Layer, Network, ResidualEnd
 
 from cxgrad_fast.algorithms import Algorithm, build_algorithm
+from cxgrad_fast.algorithms.metric import Metric
 from cxgrad_fast.config import CAVIAConfig, Config, CxGradConfig, L2FConfig, ModGradConfig
 from cxgrad_fast.models import build_backbone
 
@@ -30,6 +31,7 @@ class Pass:
         weights: layers whose weight they take the gradient of.
         points: layers of which they take another gradient: of a scale, a norm, of FiLM behind it.
         backward: whether they have gradients at all.
+        features: of the backbone alone, for what is made of the features; with one backward, the meta-gradient's.
     """
 
     phase: str
@@ -38,6 +40,7 @@ class Pass:
     weights: Names
     points: Names = frozenset()
     backward: bool = True
+    features: bool = False
 
     def asked(self, layer: Layer | ResidualEnd) -> Asked:
         """What of this pass concerns a layer."""
@@ -71,7 +74,7 @@ class Step:
         changed = frozenset[str]().union(*(each.weights for each in self.passes))
         acting = changed.union(*(each.points for each in self.passes))
         found = frozenset(layer.name for layer in network if layer.name not in changed and not layer.below & acting)
-        backbone = {layer.name for layer in network} - {"head"}
+        backbone = {layer.name for layer in network} - {HEAD}
         return frozenset() if self.repeats and not backbone <= found - acting else found
 
 
@@ -91,7 +94,7 @@ def passes_of(config: Config, iteration: int | None, dense: bool) -> Step:
         1 + len(phase.asked_after),
         second,
         adapted,
-        differentiates_support=bool(second) or algorithm.joint,
+        differentiates_support=bool(second) or algorithm.joint or isinstance(algorithm, Metric),
         repeats=dense,
     )
 
@@ -136,9 +139,21 @@ def _modgrad(algorithm: Algorithm, steps: Pass, dense: bool) -> tuple[Pass, ...]
     return (steps, Pass(steps.phase, 1, 0, frozenset(), backward=False)) if dense else (steps,)
 
 
+def _protomaml(algorithm: Algorithm, steps: Pass, dense: bool) -> tuple[Pass, ...]:
+    """A pass for the prototypes, which the head starts from; at its best the first step's, whose features are the same.
+
+    Where that step is differentiated, so are they with it.
+    """
+    steps = replace(steps, weights=steps.weights | {HEAD})
+    if not dense and steps.times and steps.second:
+        return (steps,)
+    return Pass("prototype pass", 1, 0, frozenset(), backward=False, features=True), steps
+
+
 ROWS: dict[str, Callable[[Algorithm, Pass, bool], tuple[Pass, ...]]] = {
     "cavia": _cavia,
     "cxgrad": _cxgrad,
     "l2f": _l2f,
     "modgrad": _modgrad,
+    "protomaml": _protomaml,
 }

@@ -59,7 +59,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from layers import Asked, Layer, ResidualEnd, Work, layers
+from layers import HEAD, Asked, Layer, ResidualEnd, Work, layers
 from passes import passes_of
 from peaks import DTYPES, Peaks, measured_peaks, peaks_for
 
@@ -141,13 +141,16 @@ def _cost(config: Config, iteration: int | None, dense: bool) -> Cost:
             count(ONCE, layer, layer.backward(everything), support, tasks * step.differentiates_support)
         else:
             for each in step.passes:
+                if each.features and layer.name == HEAD:
+                    continue
                 asked = each.asked(layer)
                 first = layer.forward() + (layer.backward(asked) if each.backward else Work())
+                first += layer.backward(everything) if each.features else Work()
                 count(each.phase, layer, first, support, tasks * each.times)
                 count("second backward", layer, layer.second_backward(asked), support, tasks * each.times * each.second)
         count("query pass", layer, layer.forward() + layer.backward(everything), query, tasks * step.queries)
     weights = {layer.name: layer.weight for layer in network if isinstance(layer, Layer)}
-    moved = 3 * sum(weights[name] for name in step.adapted) * tasks * config.inner.steps * (1 + step.second)
+    moved = 3 * sum(weights.get(name, 0) for name in step.adapted) * tasks * config.inner.steps * (1 + step.second)
     return Cost(tasks, (*parts, Part("updates", "all", 0, element * (moved + 7 * sum(weights.values())))))
 
 

@@ -17,13 +17,12 @@ from measure import Dropped
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, Learner
-from cxgrad_fast.config import ALGORITHMS
-from cxgrad_fast.reference import network
+from cxgrad_fast.reference import ALGORITHMS, network
 
 
 def of_algorithm(name: str, **overrides: Any) -> Config:
     """Few tiny images, two tasks, two inner steps."""
-    return config_of(inner__algorithm=name, inner__steps=2, outer__meta_batch=2, **overrides)
+    return equal_work.small_copy(config_of(inner__algorithm=name, outer__meta_batch=2, **overrides))
 
 
 def checked(name: str, config: Config) -> equal_work.Verdict:
@@ -79,8 +78,8 @@ def test_torchs_norms_are_the_oracles(norm: str, written_out: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_calm_parameters_keep_every_algorithm_within_the_timed_tolerance(algorithm: str) -> None:
-    config = of_algorithm(algorithm, run__precision="float32", task__queries=5, model__filters=8)
-    config = config.override({"inner.steps": 5})
+    settings: dict[str, Any] = {"outer__meta_batch": 2, "task__queries": 5, "model__filters": 8}
+    config = config_of(inner__algorithm=algorithm, run__precision="float32", **settings)
     case = equal_work.make_case(config, calm=True)
     host = Direct("ours-reference")
     host.build(config, case.episodes, case.parameters)

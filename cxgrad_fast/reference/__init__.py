@@ -9,7 +9,7 @@ Nothing of what it judges is imported, and nothing is ever optimised.
     found = over_tasks(maml, parameters, episodes, steps=5, learning_rate=0.01, second_order=True, slope=0.01)
 """
 
-from cxgrad_fast.reference.of_config import ReferenceLoss, meta_loss
+from cxgrad_fast.reference.of_config import ALGORITHMS, ReferenceLoss, meta_loss
 from cxgrad_fast.reference.tasks import over_tasks
 
-__all__ = ["ReferenceLoss", "meta_loss", "over_tasks"]
+__all__ = ["ALGORITHMS", "ReferenceLoss", "meta_loss", "over_tasks"]

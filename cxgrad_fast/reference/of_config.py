@@ -39,6 +39,7 @@ _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "protomaml": (protomaml, ("steps", "learning_rate")),
     "protonet": (protonet, ("joint", "distance")),
 }
+ALGORITHMS = tuple(_RULES)  # those whose meta-loss it has
 _WITHOUT_INNER_LOOP: tuple[Rule, ...] = (protonet,)
 _CONVOLUTIONS = 4  # of Conv-4
 
