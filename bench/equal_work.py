@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from isolated import Host
 from side import Parameters, device_of
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, Learner, reference
 from cxgrad_fast.algorithms import build_algorithm
+from cxgrad_fast.minibatches import draw_batches
 from cxgrad_fast.models import build_backbone
 
 # by run.precision, relative. float32 on small copies: measured 1e-7 to 2e-6 and 1e-6 to 7e-4 where no choice turned; an
@@ -93,7 +95,7 @@ def make_case(config: Config, calm: bool = False) -> Case:
         y = torch.arange(task.ways).repeat(per_class)
         return x.double(), torch.stack([y[torch.randperm(count, generator=g)] for _ in range(tasks)])
 
-    episodes = Episodes(*part(task.shots), *part(task.queries), ways=task.ways)
+    episodes = Episodes(*part(task.shots), *part(task.queries), batches=_batches(config), ways=task.ways)
     plain = {"run.device": "cpu", "run.precision": "float64", "run.backend": "reference", "run.compile": False}
     start = Learner(config.override(plain)).meta_parameters
 
@@ -105,6 +107,7 @@ def make_case(config: Config, calm: bool = False) -> Case:
         return tensor + 0.1 * size * torch.randn(tensor.shape, generator=g)
 
     parameters = {name: moved(tensor.detach()) for name, tensor in start.items()}
+    parameters |= {name: tensor.abs() for name, tensor in parameters.items() if is_carried(name)}
     if calm:
         for name, tensor in parameters.items():
             if group_of(name) == "convolutions" and tensor.dim() == 4:
@@ -112,6 +115,16 @@ def make_case(config: Config, calm: bool = False) -> Case:
             if name == SCALER_BIAS:  # gamma, the norm after scaling, is its softplus
                 tensor += CALM_NORM
     return Case(config, episodes, parameters)
+
+
+def _batches(config: Config) -> Tensor | None:
+    """What the inner steps of each task take from the support set, where the algorithm draws minibatches."""
+    size, images = config.inner.minibatch(training=True), config.task.ways * config.task.shots
+    if size is None:
+        return None
+    tasks = range(config.outer.meta_batch)
+    drawn = [draw_batches((config.run.seed, task, 1), images, config.inner.steps, size) for task in tasks]
+    return torch.from_numpy(np.stack(drawn))
 
 
 def small_copy(config: Config, precision: str = "float64", seed: int = 0) -> Config:
@@ -140,13 +153,17 @@ def small_copies(config: Config) -> Iterator[tuple[Case, Truth]]:
 
 
 def truth(case: Case) -> Truth:
-    """By the oracle in float64 on the case's device, a task at a time so that one graph exists at a time."""
+    """By the oracle in float64 on the case's device, a task at a time so that one graph exists at a time.
+
+    All tasks together where a task needs what the one before it left.
+    """
     device, tasks = device_of(case.config), len(case.episodes)
     leaves = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in case.parameters.items()}
-    share = 1 / tasks if case.config.outer.reduction == "mean" else 1.0
+    at_once = tasks if any(map(is_carried, leaves)) else 1
+    share = at_once / tasks if case.config.outer.reduction == "mean" else 1.0
     total, gradients = 0.0, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    for task in range(tasks):
-        episode = case.episodes[task : task + 1].to(device)
+    for task in range(0, tasks, at_once):
+        episode = case.episodes[task : task + at_once].to(device)
         loss = share * reference.meta_loss(case.config, leaves, episode).loss
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         total += float(loss.detach())
@@ -226,6 +243,11 @@ def group_of(name: str) -> str:
     return "head" if first == "head" else "own"
 
 
+def is_carried(name: str) -> bool:
+    """Whether it is no meta-parameter that is trained but what a task leaves for the next (Reptile's moments)."""
+    return name == "count" or name.startswith("moments.")
+
+
 def _scalar_error(found: float, expected: float) -> float:
     return abs(found - expected) / abs(expected)
 
@@ -246,6 +268,8 @@ def _step_error(after: Parameters, case: Case, gradients: Mapping[str, Tensor]) 
     declared = build_algorithm(config, build_backbone(config.model)).declared
     worst = 0.0
     for name, start in case.parameters.items():
+        if is_carried(name):
+            continue
         gradient = gradients[name] * declared[name].trained
         if outer.optimizer == "adam":
             gradient = gradient / (gradient.abs() + ADAM_EPS)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from golden_files import Arrays, Golden
-from golden_rules import joint, network, protonet_form, reduction, ways
+from golden_rules import joint, network, protonet_form, reduction, reptile_network, ways
 
-from cxgrad_fast import Config, Learner, preset, released
+from cxgrad_fast import Config, Episodes, Learner, preset, released
 from cxgrad_fast.engine import MetaLoss
 
 EPOCH = 500  # iterations, in the released MAML++
@@ -22,7 +22,9 @@ def engine(file: Golden) -> Arrays | None:
         InputError: a setting that the algorithm needs is missing or of the wrong type.
     """
     config = config_for(file)
-    return None if config is None else _by_learner(file, config)
+    if config is None:
+        return None
+    return _by_meta_step(file, config) if file.family == "reptile" else _by_learner(file, config)
 
 
 def config_for(file: Golden) -> Config | None:
@@ -71,6 +73,33 @@ def _scored(file: Golden, learner: Learner) -> Arrays:
     return {"eval_query_logits": logits, **file.under("buffer_after", running)}
 
 
+def _by_meta_step(file: Golden, config: Config) -> Arrays:
+    """Reptile's: a whole meta-step, and before it the tasks one by one, each from what the one before it left."""
+    learner, sets = Learner(config), file.episodes
+    parameters = {name: torch.zeros_like(tensor) for name, tensor in learner.meta_parameters.items()}
+    learner.load_released({file.table[name]: tensor for name, tensor in (parameters | file.parameters).items()})
+    start, adapted = learner.state_dict(), []
+    # the query set, which the file lacks, is scored for the record alone
+    episodes = Episodes(sets.support_x, sets.support_y, sets.support_x, sets.support_y, batches=file.batches)
+    for task in range(len(episodes)):
+        one = episodes[task : task + 1]
+        adapted.append(learner.adapt(one.support_x, one.support_y, batches=one.batches).state.fast)
+        learner.meta_step(one)
+        left = learner.state_dict()["parameters"]
+        learner.load_state_dict(start | {"parameters": left | file.parameters})
+    learner.load_state_dict(start)
+    out = learner.meta_step(episodes)
+    after = learner.state_dict()["parameters"]
+    return {
+        "trace_loss": out.support_losses,
+        "adam_steps_after": after["count"],
+        **file.under("adapted", {name: torch.cat([task[name] for task in adapted]) for name in file.parameters}),
+        **file.under("param_after", {name: after[name] for name in file.parameters}),
+        **file.under("meta_delta", {name: after[name] - tensor for name, tensor in file.parameters.items()}),
+        **file.under("adam_v_after", {name: after[f"moments.{name}"] for name in file.parameters}),
+    }
+
+
 def _in_order(out: MetaLoss) -> torch.Tensor:
     """The losses of all passes; where the query is asked after every step, support and query take turns."""
     support, asked = out.support_losses, out.asked_losses
@@ -79,7 +108,7 @@ def _in_order(out: MetaLoss) -> torch.Tensor:
     return torch.stack([support, asked], 2).flatten(1)
 
 
-def _of_file(file: Golden, **inner: object) -> Config | None:
+def _of_file(file: Golden, changes: dict[str, object] | None = None, **inner: object) -> Config | None:
     """The Config of a file whose network is Conv-4 or ResNet-12."""
     if file.family not in WITHOUT_INNER_LOOP:
         inner["order"] = 1 + file.flag("second_order", default=file.family != "fomaml")
@@ -101,6 +130,7 @@ def _of_file(file: Golden, **inner: object) -> Config | None:
             "run.precision": "float64",
             "run.device": "cpu",
             **{f"inner.{name}": value for name, value in inner.items()},
+            **(changes or {}),
         },
     )
 
@@ -212,6 +242,23 @@ def _metric(file: Golden, **inner: object) -> Config | None:
     return _of_file(file, algorithm=file.family, statistics_momentum=file.number("bn_momentum", default=0.1), **inner)
 
 
+def _reptile(file: Golden) -> Config | None:
+    network = reptile_network(file)
+    changes = {f"model.{name}": network[name] for name in ("pool_ceil", "channels_last")}
+    changes |= {"model.norm_eps": network["eps"], "outer.optimizer": "sgd"}
+    changes |= {"outer.learning_rate": file.number("meta_step"), "inner.order": 1}
+    return _of_file(
+        file,
+        changes,
+        algorithm="reptile",
+        steps=file.batches.shape[1],
+        batch=file.batches.shape[2],
+        learning_rate=file.number("inner_lr", "alpha"),
+        beta2=file.number("adam_beta2", default=0.999),
+        adam_eps=file.number("adam_eps", default=1e-8),
+    )
+
+
 _ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
     "alfa": _alfa,
     "anil": _anil,
@@ -225,4 +272,5 @@ _ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
     "metasgd": _metasgd,
     "modgrad": _modgrad,
     "protonet": _protonet,
+    "reptile": _reptile,
 }

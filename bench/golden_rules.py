@@ -158,6 +158,13 @@ def _modgrad(file: Golden) -> Arrays:
     return run(file, modgrad, learning_rate=file.number("alpha"), **settings)[0]
 
 
+def reptile_network(file: Golden) -> Settings:
+    """As :func:`network`, of the released Reptile's Conv-4."""
+    is_flat = file.text("flat_order", "height, width, channel").startswith("height")
+    shape = {"pool_ceil": "ceil" in file.text("pool", "ceil"), "channels_last": is_flat}
+    return network(file) | {"eps": file.number("bn_eps", default=1e-3)} | shape
+
+
 def _reptile(file: Golden) -> Arrays:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in file.parameters.items()}
     found = meta_step(
@@ -171,7 +178,7 @@ def _reptile(file: Golden) -> Arrays:
         learning_rate=file.number("inner_lr", "alpha"),
         beta2=file.number("adam_beta2", default=0.999),
         adam_eps=file.number("adam_eps", default=1e-8),
-        **network(file) | {"eps": file.number("bn_eps", default=1e-3)},
+        **reptile_network(file),
     )
     moved = {name: tensor - file.parameters[name] for name, tensor in found["parameters"].items()}
     return {

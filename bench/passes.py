@@ -14,7 +14,7 @@ from layers import CONTEXT, HEAD, Asked, Layer, Network, ResidualEnd
 
 from cxgrad_fast.algorithms import Algorithm, build_algorithm
 from cxgrad_fast.algorithms.metric import Metric
-from cxgrad_fast.config import CAVIAConfig, Config, CxGradConfig, L2FConfig, ModGradConfig
+from cxgrad_fast.config import CAVIAConfig, Config, CxGradConfig, L2FConfig, ModGradConfig, ReptileConfig
 from cxgrad_fast.models import build_backbone
 
 Names = frozenset[str]
@@ -54,7 +54,9 @@ class Step:
 
     Attributes:
         passes: over the support set.
-        queries: passes over the query set, each with its backward.
+        images: of the support set that each of those reads; None: all.
+        queries: passes over the query set.
+        differentiates_queries: whether these have a backward.
         second: 1 where the inner gradients are differentiated, else 0.
         adapted: layers whose weight the inner loop moves.
         differentiates_support: whether the meta-gradient runs through what is computed once of the support set.
@@ -63,7 +65,9 @@ class Step:
     """
 
     passes: tuple[Pass, ...]
+    images: int | None
     queries: int
+    differentiates_queries: bool
     second: int
     adapted: Names
     differentiates_support: bool
@@ -91,7 +95,9 @@ def passes_of(config: Config, iteration: int | None, dense: bool) -> Step:
     rows = ROWS.get(config.inner.algorithm, lambda algorithm, steps, dense: (steps,))
     return Step(
         rows(algorithm, steps, dense),
+        config.inner.minibatch(training=True) or None,
         1 + len(phase.asked_after),
+        not isinstance(config.inner, ReptileConfig),  # its query set is scored for the record alone
         second,
         adapted,
         differentiates_support=bool(second) or algorithm.joint or isinstance(algorithm, Metric),

@@ -120,7 +120,7 @@ def dense_cost(config: Config, iteration: int | None = None) -> Cost:
 
 
 def _cost(config: Config, iteration: int | None, dense: bool) -> Cost:
-    task, network = config.task, layers(config)
+    task, network = config.task.of_training(), layers(config)
     tasks, element = config.outer.meta_batch, ELEMENT_SIZE[config.run.precision]
     support, query = task.ways * task.shots, task.ways * task.queries
     if dense:
@@ -146,9 +146,11 @@ def _cost(config: Config, iteration: int | None, dense: bool) -> Cost:
                 asked = each.asked(layer)
                 first = layer.forward() + (layer.backward(asked) if each.backward else Work())
                 first += layer.backward(everything) if each.features else Work()
-                count(each.phase, layer, first, support, tasks * each.times)
-                count("second backward", layer, layer.second_backward(asked), support, tasks * each.times * each.second)
-        count("query pass", layer, layer.forward() + layer.backward(everything), query, tasks * step.queries)
+                images, times = step.images or support, tasks * each.times
+                count(each.phase, layer, first, images, times)
+                count("second backward", layer, layer.second_backward(asked), images, times * each.second)
+        asked_of_query = layer.backward(everything) if step.differentiates_queries else Work()
+        count("query pass", layer, layer.forward() + asked_of_query, query, tasks * step.queries)
     weights = {layer.name: layer.weight for layer in network if isinstance(layer, Layer)}
     moved = 3 * sum(weights.get(name, 0) for name in step.adapted) * tasks * config.inner.steps * (1 + step.second)
     return Cost(tasks, (*parts, Part("updates", "all", 0, element * (moved + 7 * sum(weights.values())))))

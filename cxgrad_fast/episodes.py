@@ -11,10 +11,12 @@ from torch import Tensor
 
 from cxgrad_fast.config import Config, InputError
 from cxgrad_fast.data.pool import ImagePool
+from cxgrad_fast.minibatches import draw_batches
 from cxgrad_fast.printable import shown
 from cxgrad_fast.schema import FLOATING, odd_kind
 
 SPLITS = ("train", "val", "test")
+BATCHES = 1  # the last number of the keys of minibatches, which classes and images do not have
 
 # channel means and standard deviations of images in [0, 1]
 _NORMALIZATION = {
@@ -57,7 +59,10 @@ class Episodes:
         support_y: ``[T, N*K]`` integer labels in ``[0, N)``, of any width, signed or not.
         query_x: ``[T, N*Q, C, H, W]``.
         query_y: ``[T, N*Q]``.
-        ways: labels known to be below this, so that nobody has to read them; 0: nothing is known.
+        batches: ``[T, steps, images]`` places in the support set, what each inner step takes; for algorithms that draw
+            minibatches. None: they draw them, the same for all tasks.
+        ways: labels known to be below this, and places to be in the set, so that nobody has to read them; 0: nothing is
+            known.
 
     The sets may have any number of images a class; only the tensors' shapes must agree.
 
@@ -70,6 +75,7 @@ class Episodes:
     support_y: Tensor
     query_x: Tensor
     query_y: Tensor
+    batches: Tensor | None = field(default=None, kw_only=True)
     ways: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -88,15 +94,23 @@ class Episodes:
                 raise ValueError(f"{name}_x must be {wanted} to fit support_x, got {list(x.shape)}")
             if list(y.shape) != list(x.shape[:2]):
                 raise ValueError(f"{name}_y must be {list(x.shape[:2])} to fit {name}_x, got {list(y.shape)}")
+        if self.batches is not None:
+            check_labels("batches", self.batches)
+            if self.batches.ndim != 3 or len(self.batches) != tasks:
+                raise ValueError(f"batches must be [{tasks}, steps, images], got {list(self.batches.shape)}")
 
     def __len__(self) -> int:
         """The number of tasks, ``T``."""
         return self.support_x.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name, in a fixed order."""
+        named = {name: getattr(self, name) for name in ("support_x", "support_y", "query_x", "query_y", "batches")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     def __getitem__(self, tasks: slice) -> Episodes:
         """The tasks of a slice, as views."""
-        parts = (self.support_x, self.support_y, self.query_x, self.query_y)
-        return Episodes(*(tensor[tasks] for tensor in parts), ways=self.ways)
+        return Episodes(**{name: tensor[tasks] for name, tensor in self.tensors().items()}, ways=self.ways)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Episodes:
         """The same tasks on another device, the images in another floating-point type, the labels int64."""
@@ -105,6 +119,7 @@ class Episodes:
             self.support_y.to(device, torch.int64),
             self.query_x.to(device, dtype),
             self.query_y.to(device, torch.int64),
+            batches=None if self.batches is None else self.batches.to(device, torch.int64),
             ways=self.ways,
         )
 
@@ -116,7 +131,8 @@ class EpisodeSampler:
 
     Args:
         pool: the images, on the device where episodes are wanted.
-        config: reads ``task``, ``model.channels``, ``data.sampler``, ``data.normalize`` and ``run.seed``.
+        config: reads ``task``, ``model.channels``, ``data.sampler``, ``data.normalize``, ``run.seed`` and the inner
+            loop's steps and minibatches.
         dtype: of the images.
         training: whether they are the tasks of meta-training, where these differ (``task.train_ways`` and so on).
 
@@ -154,6 +170,7 @@ class EpisodeSampler:
         self._first = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
         self._channels = config.model.channels
         self._seed = config.run.seed
+        self._steps, self._minibatch = config.inner_steps(training), config.inner.minibatch(training)
         self._draw = self._draw_released if config.data.sampler == "released" else self._draw_counter
         device = pool.images.device
         # tensors on the device: by a number of the host CUDA multiplies with its reciprocal, which has other bits
@@ -182,7 +199,18 @@ class EpisodeSampler:
         for part in (rows[:, :, : task.shots], rows[:, :, task.shots :]):
             labels = torch.arange(task.ways, device=device).repeat_interleave(part.shape[2]).expand(count, -1)
             sets += [self._gather(part.flatten(1)), labels.contiguous()]
-        return Episodes(*sets, ways=task.ways)
+        return Episodes(*sets, batches=self._batches(start, count), ways=task.ways)
+
+    def _batches(self, start: int, count: int) -> Tensor | None:
+        """What the inner steps take from the support sets, for algorithms that draw minibatches."""
+        if self._minibatch is None:
+            return None
+        images, split = self._task.ways * self._task.shots, SPLITS.index(self.pool.split)
+        drawn = [
+            draw_batches((self._seed, split, start + i, BATCHES), images, self._steps, self._minibatch)
+            for i in range(count)
+        ]
+        return torch.from_numpy(np.stack(drawn)).to(self.pool.images.device)
 
     def _gather(self, rows: Tensor) -> Tensor:
         """``[T, S]`` pool rows -> ``[T, S, C, H, W]`` images in the network's units: the same bits on every device."""
@@ -247,6 +275,6 @@ class Upcoming:
         if self._stream is not None:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
-            for tensor in (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y):
+            for tensor in episodes.tensors().values():
                 tensor.record_stream(current)  # its memory is not the other stream's to take back
         return episodes

@@ -36,14 +36,18 @@ from cxgrad_fast.engine import (
     is_finite,
     memory,
     predictions_of,
+    take_over,
 )
 from cxgrad_fast.engine.updates import HYPERPARAMETERS, build_optimizer, clipped, learning_rate, restart
-from cxgrad_fast.episodes import Episodes, check_images, check_labels
+from cxgrad_fast.episodes import SPLITS, Episodes, check_images, check_labels
 from cxgrad_fast.kernels import backends, use_backend, use_precision
 from cxgrad_fast.learner_state import arrays_of, check_parameters, check_state, names_in, program_of
+from cxgrad_fast.minibatches import draw_batches
 from cxgrad_fast.models import OWN, LayerStatistics, build_backbone
 from cxgrad_fast.placement import device_of, dtype_of
 from cxgrad_fast.printable import shown
+
+_ALL_TASKS = (len(SPLITS), 0, 1)  # of the key of minibatches that nobody drew: no task of any split
 
 __all__ = ["Adapted", "Learner", "NonFiniteError", "NonFiniteLossError", "Pending"]
 
@@ -70,6 +74,12 @@ class Learner:
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config = config
         self._ranks = ranks
+        self.algorithm = build_algorithm(config, build_backbone(config.model))
+        if self.algorithm.sequential and ranks.size > 1:
+            raise InputError(
+                f"setting 'inner.moments' (=carried): {config.inner.algorithm}'s tasks follow each other, {ranks.size} "
+                "ranks cannot share them: use inner.moments = new, or one process"
+            )
         self.device = ranks.place(device_of(config))
         self.dtype = dtype_of(config, self.device)
         with use_backend(config.run.backend):
@@ -78,7 +88,6 @@ class Learner:
             # float32 means float32: by default the framework rounds convolution operands to TF32
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        self.algorithm = build_algorithm(config, build_backbone(config.model))
         self.engine = Engine(config, self.algorithm)
         # for seed 0 the released program's initial weights
         generator = torch.Generator().manual_seed(int(np.random.RandomState(104 + config.run.seed).randint(0, 999999)))
@@ -119,10 +128,11 @@ class Learner:
             self._gradients = StaticGradients(self._loss_and_gradients)
 
     def _captured_step(self, graphs: Graphs) -> CapturedStep:
-        parameters = list(self.meta_parameters.values())
         gradients = partial(self._whole_gradients, self._loss_and_gradients)
         patience = self._ranks.timeout if self._ranks.size > 1 else None
-        return CapturedStep(parameters, self.optimizer, gradients, self._statistics, graphs, patience=patience)
+        return CapturedStep(
+            self.meta_parameters, self.optimizer, gradients, self._statistics, graphs, patience=patience
+        )
 
     @property
     def running_statistics(self) -> dict[str, LayerStatistics]:
@@ -153,7 +163,7 @@ class Learner:
             lambda count: memory.peak_of(lambda: self._rehearse(count)),
             tasks,
             memory.available(self.device) // neighbours,
-            self.config.run.tasks_per_chunk,
+            1 if self.algorithm.sequential else self.config.run.tasks_per_chunk,
         )
         if found.chunk < tasks:
             self.engine.tasks_per_chunk = found.chunk
@@ -168,7 +178,7 @@ class Learner:
             x = torch.empty(*shape, model.channels, model.image_size, model.image_size, dtype=self.dtype)
             return x, torch.zeros(shape, dtype=torch.int64)
 
-        episodes = Episodes(*part(task.shots), *part(task.queries))
+        episodes = self._with_batches(Episodes(*part(task.shots), *part(task.queries), ways=task.ways), training=True)
         parameters = [torch.empty(tensor.shape, dtype=self.dtype) for tensor in self.meta_parameters.values()]
         backend = self.config.run.backend
         with use_backend(backend if backend == "reference" else "auto"):
@@ -253,6 +263,7 @@ class Learner:
             self.optimizer.step()
             for parameter in parameters:  # those that the optimizer does not have too
                 parameter.grad = None
+            take_over(out.carried, self.meta_parameters)
             self._statistics.add(out.statistics)
 
         return Pending(out, update)
@@ -308,7 +319,13 @@ class Learner:
             episodes = self._checked(episodes)
             return self._predictions(self.meta_parameters, episodes, kind, self.running_statistics)
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, statistics: str | None = None) -> Adapted:
+    def adapt(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        statistics: str | None = None,
+        batches: Tensor | None = None,
+    ) -> Adapted:
         """Adapt to one task, or to several at once; call the result on query images.
 
         Args:
@@ -317,6 +334,7 @@ class Learner:
             support_y: ``[S]`` or ``[T, S]``, labels in ``[0, config.task.ways)``.
             statistics: as for :meth:`predict`. With ``transductive`` all images of one call are normalised together:
                 for images that come one by one, choose ``support`` or ``running``.
+            batches: ``[steps, images]`` or ``[T, steps, images]``, as in :class:`Episodes`.
 
         Raises:
             ValueError: wrong shapes, labels out of range (name, expected, got).
@@ -328,12 +346,18 @@ class Learner:
         single = support_x.ndim == 4
         if single:
             support_x, support_y = support_x[None], support_y[None]
+            batches = None if batches is None else batches[None]
         kind = self._statistics_kind(statistics)
         with self._operators():
             # the checks of a batch of tasks, with the support set in the place of the query set
-            episodes = self._checked(Episodes(support_x, support_y, support_x, support_y))
+            episodes = self._checked(Episodes(support_x, support_y, support_x, support_y, batches=batches))
             adaptation = self.engine.adapted(
-                self.meta_parameters, episodes.support_x, episodes.support_y, kind, self.running_statistics
+                self.meta_parameters,
+                episodes.support_x,
+                episodes.support_y,
+                kind,
+                self.running_statistics,
+                episodes.batches,
             )
         return Adapted(self, adaptation, single)
 
@@ -432,9 +456,26 @@ class Learner:
             raise ValueError("episodes must hold at least one task, got none")
         self._check_image("support_x", episodes.support_x)
         self._check_labels(episodes, training)
-        episodes = episodes.to(self.device, self.dtype)
-        parts = {name: getattr(episodes, name) for name in ("support_x", "support_y", "query_x", "query_y")}
-        return replace(episodes, **{name: tensor.clone() for name, tensor in parts.items() if tensor.is_inference()})
+        episodes = self._with_batches(episodes.to(self.device, self.dtype), training)
+        parts = episodes.tensors()
+        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in parts.items() if tensor.is_inference()}
+        return replace(episodes, **copies)
+
+    def _with_batches(self, episodes: Episodes, training: bool) -> Episodes:
+        """With what each inner step takes from the support sets, where the algorithm draws minibatches."""
+        size, steps = self.config.inner.minibatch(training), self.config.inner_steps(training)
+        if size is None:
+            return replace(episodes, batches=None)
+        tasks, images = episodes.support_y.shape
+        batches = episodes.batches
+        if batches is None:
+            drawn = torch.from_numpy(draw_batches((self.config.run.seed, *_ALL_TASKS), images, steps, size))
+            batches = drawn.to(episodes.support_x.device).expand(tasks, -1, -1).contiguous()
+        elif batches.shape[1] != steps or not batches.shape[2]:
+            raise ValueError(f"batches must be [{tasks}, {steps}, images], got {list(batches.shape)}")
+        elif not episodes.ways and batches.numel() and not 0 <= int(batches.min()) <= int(batches.max()) < images:
+            raise ValueError(f"batches must hold places in support_x, 0 to {images - 1}")
+        return replace(episodes, batches=batches)
 
     def _check_labels(self, episodes: Episodes, training: bool = False) -> None:
         task = self.config.task

@@ -2,7 +2,8 @@
 
 A table maps our names to a program's. It holds all that the program may have: a checkpoint has those of its own
 backbone and switches. ``norm.running_*`` are running statistics, not parameters. Shapes are the same on both sides, but
-for Reptile: TensorFlow keeps convolutions as [3, 3, in, out] and linear layers as [in, out].
+for Reptile: TensorFlow keeps convolutions as [3, 3, in, out], linear layers as [in, out], and in the place of
+``adam_steps`` t the number ``beta2_power`` = 0.999^(t + 1).
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def _reptile() -> Table:
             f"{ours}.norm.running_mean": f"{norm}/moving_mean",
             f"{ours}.norm.running_var": f"{norm}/moving_variance",
         }
-    return table
+    slots = {f"moments.{name}": f"{theirs}/Adam_1" for name, theirs in table.items() if ".running_" not in name}
+    return table | slots | {"count": "adam_steps"}
 
 
 FAMILY = _family()

@@ -371,7 +371,7 @@ def _save_non_finite(session: Session, run: Run, error: NonFiniteLossError) -> s
     episodes = session.samplers["train"].sample(first, meta_batch)
     file = run.folder / f"nonfinite-{step}.pt"
     tasks = list(range(first, first + meta_batch))
-    write_checkpoint(file, session.checkpoint(tasks=tasks, **vars(episodes)))
+    write_checkpoint(file, session.checkpoint(tasks=tasks, **episodes.tensors(), ways=episodes.ways))
     return (
         f"{error}: iteration {step}, tasks {tasks[0]} to {tasks[-1]}; the weights before it and its episodes are in "
         f"'{file}', {LATEST} is as it was"

@@ -49,15 +49,24 @@ def random_episodes(config: Config, tasks: int = 2, seed: int = 0) -> Episodes:
         y = torch.arange(task.ways).repeat(per_class)
         return x, torch.stack([y[torch.randperm(count, generator=g)] for _ in range(tasks)])
 
-    return Episodes(*part(task.shots), *part(task.queries))
+    size, batches = config.inner.minibatch(training=True), None
+    sets = (*part(task.shots), *part(task.queries))
+    if size is not None:
+        batches = torch.randint(task.ways * task.shots, (tasks, config.inner.steps, size or 1), generator=g)
+    return Episodes(*sets, batches=batches)
 
 
 def spread_parameters(learner: Learner, seed: int = 1) -> None:
-    """Move all meta-parameters away from their special initial values (identity norms, zero biases)."""
+    """Move all meta-parameters away from their special initial values (identity norms, zero biases).
+
+    What an inner optimizer carries stays something that it can have: not negative.
+    """
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in learner.meta_parameters.values():
+        for name, tensor in learner.meta_parameters.items():
             tensor.add_(0.2 * torch.randn(tensor.shape, generator=g).to(tensor.dtype))
+            if learner.algorithm.declared[name].carried:
+                tensor.abs_()
 
 
 def lengthen_weights(learner: Learner) -> None:

@@ -13,6 +13,7 @@ from cxgrad_fast.algorithms.metasgd import MetaSGD
 from cxgrad_fast.algorithms.modgrad import ModGrad
 from cxgrad_fast.algorithms.protomaml import ProtoMAML
 from cxgrad_fast.algorithms.protonet import ProtoNet
+from cxgrad_fast.algorithms.reptile import Reptile
 from cxgrad_fast.config import Config
 from cxgrad_fast.models import Backbone
 
@@ -32,6 +33,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "modgrad": ModGrad,
     "protomaml": ProtoMAML,
     "protonet": ProtoNet,
+    "reptile": Reptile,
 }
 
 

@@ -33,6 +33,7 @@ class Support(Images):
     y: Tensor
     ways: int  # N, the classes of each task
     query: Images | None = None  # only where the algorithm is joint: the query images beside them
+    batches: Tensor | None = None  # only where it draws minibatches: places in the set, [T, steps, images of a step]
 
     @property
     def together(self) -> Images:
@@ -159,6 +160,11 @@ class Algorithm:
         """Whether the passes over the support set need the query images too: both are normalised together."""
         return False
 
+    @property
+    def sequential(self) -> bool:
+        """Whether a task of meta-training needs what the one before it left (:meth:`carried_on`)."""
+        return False
+
     def images(self, x: Tensor) -> Images:
         """Images ``[T, S, C, H, W]``, ready for passes over them."""
         return Images(x, self.backbone.patches(x))
@@ -232,6 +238,20 @@ class Algorithm:
         """The phase of an iteration of meta-training, counted from 0; None: after all phases."""
         is_early = iteration is not None and iteration < self.config.first_order_iterations
         return Phase(1 if is_early else self.config.order)
+
+    def objectives(self, start: Tensors, state: State, losses: Tensor) -> Tensor:
+        """What each task adds to the meta-loss, ``[T]``.
+
+        Args:
+            start: the adapted parameters before adaptation, ``[T, ...]``.
+            state: after the last step.
+            losses: of the query sets, ``[T]``.
+        """
+        return losses
+
+    def carried_on(self, state: State) -> Tensors:
+        """New values of parameters that are not trained, by name: what the last task leaves for the next."""
+        return {}
 
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss of each task, ``[T]``: mean cross-entropy over its images."""

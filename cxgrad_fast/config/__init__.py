@@ -34,6 +34,7 @@ from cxgrad_fast.config.inner import (
     ModGradConfig,
     ProtoMAMLConfig,
     ProtoNetConfig,
+    ReptileConfig,
     carried,
     owners,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "ModelConfig",
     "ProtoMAMLConfig",
     "ProtoNetConfig",
+    "ReptileConfig",
     "all_settings",
     "from_toml",
     "preset",
@@ -117,6 +119,10 @@ class Config:
         config = dataclasses.replace(self, **replaced)
         check_together(config)
         return config
+
+    def inner_steps(self, training: bool) -> int:
+        """Of the inner loop: in meta-training, or in evaluation."""
+        return self.inner.steps if training else self.evaluation.steps or self.inner.steps
 
     def flat(self) -> dict[str, Any]:
         """All settings as ``{dotted name: value}``, tuples as lists: what checkpoints and TOML files hold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cxgrad_fast.config.fields import InputError
-from cxgrad_fast.config.inner import ALGORITHMS, ANILConfig
+from cxgrad_fast.config.inner import ALGORITHMS, ANILConfig, MetricConfig
 from cxgrad_fast.printable import shown
 
 if TYPE_CHECKING:
@@ -82,6 +82,18 @@ def _check_inner(config: Config) -> None:
         raise InputError(
             f"setting 'task.train_ways' (={task.train_ways}) must be task.ways (={task.ways}): the head of "
             f"{inner.algorithm} has a row for each class, only {free} have none"
+        )
+    steps = config.evaluation.steps
+    if steps and isinstance(inner, MetricConfig):
+        raise InputError(f"setting 'evaluation.steps' (={steps}) is of an inner loop, which {inner.algorithm} has not")
+    if inner.steps_have_parameters and steps > inner.steps:
+        raise InputError(
+            f"setting 'evaluation.steps' (={steps}) must be at most inner.steps (={inner.steps}): each step of "
+            f"{inner.algorithm} has parameters of its own"
+        )
+    if config.run.recompute and inner.minibatch(training=True) is not None:
+        raise InputError(
+            f"setting 'run.recompute' has nothing to recompute: {inner.algorithm} keeps no graph of its inner steps"
         )
     if not getattr(inner, "layers", True) and not getattr(inner, "context_at_head", False):
         raise InputError("setting 'inner.layers' must name at least one convolution: without any, nothing is adapted")

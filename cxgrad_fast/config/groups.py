@@ -110,6 +110,7 @@ class EvaluationConfig:
 
     # of the BatchNorm layers in the query pass: its own batch (as released), the support set's, or training's average
     statistics: str = field(default="transductive", metadata=choice("transductive", "support", "running"))
+    steps: int = field(default=0, metadata=at_least(0, 100_000))  # of the inner loop; 0: as many as in training
     ensemble: int = field(default=5, metadata=at_least(1))  # best checkpoints kept and averaged
     validation_tasks: int = field(default=100, metadata=at_least(1))
     test_tasks: int = field(default=600, metadata=at_least(1))

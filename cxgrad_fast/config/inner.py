@@ -14,12 +14,17 @@ class InnerConfig:
     """The inner loop (adaptation): what every algorithm has."""
 
     any_ways: ClassVar[bool] = False  # whether no parameter has a row a class: one network for any number of classes
+    steps_have_parameters: ClassVar[bool] = False  # of their own: no more steps in evaluation than in training
 
     algorithm: str
     steps: int = field(default=5, metadata=at_least(0, 100_000))
     order: int = field(default=2, metadata=choice(1, 2))  # of the meta-gradient
     learning_rate: float = field(default=0.01, metadata=at_least(0))  # alpha
     first_order_iterations: int = field(default=0, metadata=at_least(0))  # of the outer loop: order 1 in the first ones
+
+    def minibatch(self, training: bool) -> int | None:
+        """How many images a step takes from the support set; 0: as many as it has; None: the set as it is."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class CxGradConfig(InnerConfig):
 @dataclass(frozen=True)
 class ALFAConfig(InnerConfig):
     """ALFA (Baik et al. 2020); ``learning_rate`` and ``weight_decay`` are where the meta-learned ones start."""
+
+    steps_have_parameters: ClassVar[bool] = True
 
     weight_decay: float = field(default=0.0005, metadata=at_least(0))  # of the released program: times learning_rate
     random_init: bool = False  # the network stays as it was drawn: only the rule is meta-learned
@@ -94,6 +101,8 @@ class L2FConfig(InnerConfig):
 @dataclass(frozen=True)
 class MAMLPPConfig(InnerConfig):
     """MAML++ (Antoniou et al. 2019); ``learning_rate`` is where the meta-learned rates of every step start."""
+
+    steps_have_parameters: ClassVar[bool] = True
 
     learning_rate: float = field(default=0.1, metadata=at_least(0))
     # iterations of the outer loop in which the query loss of every step counts, less and less before the last
@@ -149,6 +158,28 @@ class ProtoNetConfig(MetricConfig):
     distance: str = field(default="squared", metadata=choice("squared", "euclidean", "cosine"))
 
 
+@dataclass(frozen=True)
+class ReptileConfig(InnerConfig):
+    """Reptile (Nichol, Achiam, Schulman 2018); the released program's values."""
+
+    steps: int = field(default=8, metadata=at_least(0, 100_000))
+    order: int = field(default=1, metadata=choice(1))  # no gradient goes through the inner loop
+    learning_rate: float = field(default=1e-3, metadata=at_least(0))
+    first_order_iterations: int = field(default=0, metadata=choice(0))
+    # images of a step, from the shuffled support set; 0: as many as it has. In evaluation 0: as in training
+    batch: int = field(default=10, metadata=at_least(0, 100_000))
+    evaluation_batch: int = field(default=0, metadata=at_least(0, 100_000))
+    reduction: str = field(default="sum", metadata=choice("sum", "mean"))  # of the images' losses in a step
+    optimizer: str = field(default="adam", metadata=choice("adam", "sgd"))  # Adam has no first moment (beta1 = 0)
+    # Adam's second moments and number of steps: they go on from task to task, or start anew with each
+    moments: str = field(default="carried", metadata=choice("carried", "new"))
+    beta2: float = field(default=0.999, metadata=at_least(0.001, 1))
+    adam_eps: float = field(default=1e-8, metadata=at_least(1e-30))
+
+    def minibatch(self, training: bool) -> int:
+        return self.batch if training else self.evaluation_batch or self.batch
+
+
 ALGORITHMS: dict[str, type[InnerConfig]] = {
     "alfa": ALFAConfig,
     "anil": ANILConfig,
@@ -163,6 +194,7 @@ ALGORITHMS: dict[str, type[InnerConfig]] = {
     "modgrad": ModGradConfig,
     "protomaml": ProtoMAMLConfig,
     "protonet": ProtoNetConfig,
+    "reptile": ReptileConfig,
 }
 
 

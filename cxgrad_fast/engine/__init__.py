@@ -22,6 +22,7 @@ from cxgrad_fast.engine.step import (
     RunningStatistics,
     check_finite,
     is_finite,
+    take_over,
 )
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "is_launched",
     "join_ranks",
     "predictions_of",
+    "take_over",
 ]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cxgrad_fast.algorithms import Algorithm, Images, Output, Phase, State, Support
+from cxgrad_fast.algorithms import Algorithm, Images, Phase, State, Support
 from cxgrad_fast.config import Config
 from cxgrad_fast.engine.recompute import recomputed
 from cxgrad_fast.episodes import Episodes
@@ -34,6 +34,7 @@ class MetaLoss:
         accuracy: scalar, share of query images classified correctly.
         statistics: mean and variance ``[C]`` of each BatchNorm's input in the query pass, averaged over tasks, by
             convolution; empty for other norms. What running statistics are made of.
+        carried: new values of parameters that are not trained, by name: what the last task leaves for the next.
     """
 
     loss: Tensor
@@ -44,6 +45,7 @@ class MetaLoss:
     objectives: Tensor
     accuracy: Tensor
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
+    carried: Tensors = field(default_factory=dict)
 
     # the fields of one row a task, and the means over tasks (the statistics are such means too)
     ROWS: ClassVar = ("query_logits", "support_losses", "query_losses", "asked_losses", "objectives")
@@ -62,7 +64,7 @@ class MetaLoss:
         objectives = rows["objectives"]
         loss = objectives.mean() if reduction == "mean" else objectives.sum()
         accuracy, *rest = means
-        return MetaLoss(loss=loss, accuracy=accuracy, statistics=_paired(rest, layers), **rows)
+        return MetaLoss(loss=loss, accuracy=accuracy, statistics=_paired(rest, layers), carried={}, **rows)
 
     def rows(self) -> dict[str, Tensor]:
         """The tensors of one row a task, by field."""
@@ -74,15 +76,18 @@ class MetaLoss:
 
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order, the loss first."""
-        return [self.loss, *self.rows().values(), *self.means()]
+        return [self.loss, *self.rows().values(), *self.means(), *self.carried.values()]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> MetaLoss:
         """The same structure with other tensors, in the order of :meth:`tensors`."""
         loss, *rest = tensors
-        count = len(self.ROWS)
-        accuracy, *statistics = rest[count:]
+        count, end = len(self.ROWS), len(rest) - len(self.carried)
+        accuracy, *statistics = rest[count:end]
         rows = dict(zip(self.ROWS, rest[:count], strict=True))
-        return MetaLoss(loss=loss, accuracy=accuracy, statistics=_paired(statistics, self.statistics), **rows)
+        carried = dict(zip(self.carried, rest[end:], strict=True))
+        return MetaLoss(
+            loss=loss, accuracy=accuracy, statistics=_paired(statistics, self.statistics), carried=carried, **rows
+        )
 
     def detach(self) -> MetaLoss:
         """The same numbers without their graph."""
@@ -118,12 +123,12 @@ class Engine:
 
     Attributes:
         tasks_per_chunk: of a meta-batch that go through at once; 0: all. Of the config, or what fits
-            (:meth:`cxgrad_fast.Learner.plan_memory`).
+            (:meth:`cxgrad_fast.Learner.plan_memory`); 1 where a task needs what the one before it left.
     """
 
     def __init__(self, config: Config, algorithm: Algorithm) -> None:
         self.config, self.algorithm = config, algorithm
-        self.tasks_per_chunk = config.run.tasks_per_chunk
+        self.tasks_per_chunk = 1 if algorithm.sequential else config.run.tasks_per_chunk
 
     def meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes, phase: Phase | None = None) -> MetaLoss:
         """The meta-loss, differentiable in the parameters (Eq. 3).
@@ -140,14 +145,16 @@ class Engine:
         leaves = [tensor for tensor in parameters.values() if tensor.requires_grad]
         parts: list[MetaLoss] = []
         total: list[Tensor] = []
+        given = dict(parameters)
         for start in range(0, tasks, chunk):
-            part = self._meta_loss(parameters, episodes[start : start + chunk], phase)
+            part = self._meta_loss(given, episodes[start : start + chunk], phase)
             if torch.is_grad_enabled():
                 size = len(part.query_losses)
                 share = part.loss * (size / tasks) if self.config.outer.reduction == "mean" else part.loss
                 found = torch.autograd.grad(share, leaves, allow_unused=True, materialize_grads=True)
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
             parts.append(part.detach())
+            given |= parts[-1].carried
         joined = _joined(parts, self.config.outer.reduction)
         if not total:
             return joined
@@ -160,6 +167,7 @@ class Engine:
         support_y: Tensor,
         statistics: str,
         running: Mapping[str, LayerStatistics],
+        batches: Tensor | None = None,
     ) -> Adaptation:
         """Networks adapted to ``support_x`` [T, S, C, H, W] and ``support_y`` [T, S] for use, without a graph.
 
@@ -167,9 +175,10 @@ class Engine:
             statistics: what normalises the query pass: ``transductive`` the query images themselves, ``support`` the
                 support set under the adapted weights, ``running`` the averages ``running``.
             running: means and variances ``[C]`` by convolution.
+            batches: places ``[T, steps, images of a step]`` in the support set, where the algorithm draws minibatches.
         """
         fast, shared = self._split({name: tensor.detach() for name, tensor in parameters.items()}, len(support_x))
-        support = self._support(support_x, support_y, self.config.task.ways)
+        support = self._support(support_x, support_y, self.config.task.ways, batches=batches)
         if self.algorithm.joint:  # waits for the query images
             return Adaptation(State(fast), shared, support, None)
         state = self._adapted_state(fast, shared, support)
@@ -178,7 +187,8 @@ class Engine:
             given = {name: (mean[None], variance[None]) for name, (mean, variance) in running.items()}
         elif statistics == "support":
             with torch.no_grad():
-                given = self.algorithm.support_statistics(state, self.config.inner.steps, shared, support)
+                steps = self.config.inner_steps(training=False)
+                given = self.algorithm.support_statistics(state, steps, shared, support)
         return Adaptation(state, shared, support, given)
 
     def answer(self, adaptation: Adaptation, x: Tensor) -> Tensor:
@@ -189,39 +199,43 @@ class Engine:
             support = replace(support, query=query)
             state = self._adapted_state(state.fast, shared, support)
         with torch.no_grad():
-            return self._predict(state, shared, support, query, given=given).scores
+            steps = self.config.inner_steps(training=False)
+            return self.algorithm.predict(state, steps, shared, support, query, given=given).scores
 
     def _adapted_state(self, fast: Tensors, shared: Tensors, support: Support) -> State:
         with torch.enable_grad():
-            state, _ = self._adapt(fast, shared, support, graph=False)
+            steps = self.config.inner_steps(training=False)
+            state, _ = self._adapt(fast, shared, support, steps, graph=False)
         return state.with_tensors([tensor.detach() for tensor in state.tensors()])
 
     def _meta_loss(self, parameters: Mapping[str, Tensor], episodes: Episodes, phase: Phase) -> MetaLoss:
         graph = phase.order == 2 and torch.is_grad_enabled()
         asked: list[Tensor] = []
         query = self.algorithm.images(episodes.query_x)
-        ways = self.config.task.of_training().ways
-        support = self._support(episodes.support_x, episodes.support_y, ways, query)
+        ways, steps = self.config.task.of_training().ways, self.config.inner_steps(training=True)
+        support = self._support(episodes.support_x, episodes.support_y, ways, query, episodes.batches)
         fast, shared = self._split(parameters, len(episodes))
         with torch.enable_grad():  # the inner loop needs gradients whatever the caller does
 
-            def after(steps: int, state: State) -> None:
-                if steps in phase.asked_after:
-                    scores = self.algorithm.predict(state, steps, shared, support, query).scores
+            def after(done: int, state: State) -> None:
+                if done in phase.asked_after:
+                    scores = self.algorithm.predict(state, done, shared, support, query).scores
                     asked.append(self.algorithm.losses(scores, episodes.query_y))
 
-            state, trace = self._adapt(fast, shared, support, graph, after)
-        output = self._predict(state, shared, support, query, collect=self.config.model.norm == "batch")
+            state, trace = self._adapt(fast, shared, support, steps, graph, after)
+        collect = self.config.model.norm == "batch"  # with the adapted weights as they are: not scaled again
+        output = self.algorithm.predict(state, steps, shared, support, query, collect=collect)
         losses = self.algorithm.losses(output.scores, episodes.query_y)
         asked_losses = torch.stack([*asked, losses], 1)
-        return MetaLoss.reduced(
+        counted = losses if phase.weights is None else asked_losses @ phase.weights
+        out = MetaLoss.reduced(
             self.config.outer.reduction,
             {
                 "query_logits": output.scores,
                 "support_losses": torch.stack(trace, 1) if trace else losses.new_zeros(len(losses), 0),
                 "query_losses": losses,
                 "asked_losses": asked_losses.detach(),
-                "objectives": losses if phase.weights is None else asked_losses @ phase.weights,
+                "objectives": self.algorithm.objectives(fast, state, counted),
             },
             [
                 (output.scores.detach().argmax(2) == episodes.query_y).to(losses.dtype).mean(),
@@ -229,12 +243,14 @@ class Engine:
             ],
             output.statistics,
         )
+        return replace(out, carried=self.algorithm.carried_on(state))
 
     def _adapt(
         self,
         fast: Tensors,
         shared: Mapping[str, Tensor],
         support: Support,
+        steps: int,
         graph: bool,
         after: Callable[[int, State], None] = lambda steps, state: None,
     ) -> tuple[State, list[Tensor]]:
@@ -244,7 +260,7 @@ class Engine:
         """
         state, trace = self.algorithm.start(fast, shared, support, graph)
         step = self._recomputed_step if graph and self.config.run.recompute else self._step
-        for k in range(self.config.inner.steps):
+        for k in range(steps):
             state, losses = step(state, k, shared, support, graph)
             trace += losses
             after(k + 1, state)
@@ -273,19 +289,6 @@ class Engine:
         like = after  # only its structure is used
         return like.with_tensors(outputs[: len(like.tensors())]), list(outputs[len(like.tensors()) :])
 
-    def _predict(
-        self,
-        state: State,
-        shared: Mapping[str, Tensor],
-        support: Support,
-        query: Images,
-        given: Mapping[str, LayerStatistics] | None = None,
-        collect: bool = False,
-    ) -> Output:
-        """A pass with the adapted weights as they are: the query pass is not scaled again (released program)."""
-        steps = self.config.inner.steps
-        return self.algorithm.predict(state, steps, shared, support, query, given=given, collect=collect)
-
     def _split(self, parameters: Mapping[str, Tensor], tasks: int) -> tuple[Tensors, Tensors]:
         """The tasks' own start ``[T, ...]``, and the parameters that are not adapted, with the axis that they need.
 
@@ -304,8 +307,11 @@ class Engine:
                 shared[name] = tensor
         return fast, shared
 
-    def _support(self, x: Tensor, y: Tensor, ways: int, query: Images | None = None) -> Support:
-        return Support(x, self.algorithm.images(x).patches, y, ways, query if self.algorithm.joint else None)
+    def _support(
+        self, x: Tensor, y: Tensor, ways: int, query: Images | None = None, batches: Tensor | None = None
+    ) -> Support:
+        patches = self.algorithm.images(x).patches if batches is None else {}  # no pass over the whole set
+        return Support(x, patches, y, ways, query if self.algorithm.joint else None, batches)
 
 
 def _joined(parts: Sequence[MetaLoss], reduction: str) -> MetaLoss:
@@ -316,7 +322,7 @@ def _joined(parts: Sequence[MetaLoss], reduction: str) -> MetaLoss:
         torch.stack([value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]).sum(0)
         for values in zip(*(part.means() for part in parts), strict=True)
     ]
-    return MetaLoss.reduced(reduction, rows, means, parts[0].statistics)
+    return replace(MetaLoss.reduced(reduction, rows, means, parts[0].statistics), carried=parts[-1].carried)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -48,26 +48,28 @@ class Predictions:
     ) -> Tensor:
         """Logits ``[T, N*Q, N]``; the arguments are those of :meth:`Engine.adapted`."""
         running = running if statistics == "running" else {}
-        key = (statistics, *running)
+        images = episodes.tensors()
+        del images["query_y"]
+        key = (statistics, *running, *images)
         if key not in self._programs:
-            function = self._function(statistics, list(parameters), list(running))
+            function = self._function(statistics, list(parameters), list(running), list(images))
             self._programs[key] = function if self._compiler is None else self._compiled(function)
-        images = (episodes.support_x, episodes.support_y, episodes.query_x)
         given = [tensor for pair in running.values() for tensor in pair]
-        (logits,) = self._programs[key](*parameters.values(), *given, *images)
+        (logits,) = self._programs[key](*parameters.values(), *given, *images.values())
         return logits
 
     def _compiled(self, function: Function) -> Function:
         assert self._compiler is not None
         return Static("prediction", function, self._compiler, trials=self._trials, patience=self._patience)
 
-    def _function(self, statistics: str, names: Sequence[str], layers: Sequence[str]) -> Function:
+    def _function(self, statistics: str, names: Sequence[str], layers: Sequence[str], sets: Sequence[str]) -> Function:
         def function(*tensors: Tensor) -> list[Tensor]:
-            *given, support_x, support_y, query_x = tensors
+            given, images = tensors[: -len(sets)], dict(zip(sets, tensors[-len(sets) :], strict=True))
             parameters = dict(zip(names, given, strict=False))
             pairs = zip(given[len(names) :: 2], given[len(names) + 1 :: 2], strict=True)
             running = dict(zip(layers, pairs, strict=True))
-            adaptation = self._engine.adapted(parameters, support_x, support_y, statistics, running)
+            query_x = images.pop("query_x")
+            adaptation = self._engine.adapted(parameters, **images, statistics=statistics, running=running)
             return [self._engine.answer(adaptation, query_x)]
 
         return function

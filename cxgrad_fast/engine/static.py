@@ -160,14 +160,16 @@ class StaticGradients:
 
 
 def tensors_of(episodes: Episodes, phase: Phase | None = None) -> list[Tensor]:
-    """Support images and labels, query images and labels, and the weights of a phase that has some."""
-    weights = [] if phase is None or phase.weights is None else [phase.weights]
-    return [episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, *weights]
+    """Those of the episodes, and the weights of a phase that has some."""
+    return [*episodes.tensors().values(), *([] if phase is None or phase.weights is None else [phase.weights])]
 
 
 def episodes_of(tensors: Sequence[Tensor], phase: Phase) -> tuple[Episodes, Phase]:
-    """The episodes and the phase of such tensors."""
-    return Episodes(*tensors[:4]), replace(phase, weights=tensors[4] if len(tensors) > 4 else None)
+    """The episodes and the phase of such tensors; ``phase`` is one that has weights where theirs has."""
+    if phase.weights is not None:
+        *tensors, weights = tensors
+        phase = replace(phase, weights=weights)
+    return Episodes(*tensors[:4], batches=tensors[4] if len(tensors) > 4 else None), phase
 
 
 def shape_of(tensors: Sequence[Tensor]) -> Shape:

@@ -36,8 +36,9 @@ class NonFiniteLossError(NonFiniteError):
 
 
 def is_finite(out: MetaLoss, gradients: Sequence[Tensor]) -> Tensor:
-    """``[]`` bool on the device: whether the loss and all gradients are."""
-    return torch.stack([out.loss.detach(), *torch._foreach_norm(list(gradients))]).isfinite().all()
+    """``[]`` bool on the device: whether the loss, all gradients and all carried values are."""
+    norms = torch._foreach_norm([*gradients, *out.carried.values()])
+    return torch.stack([out.loss.detach(), *norms]).isfinite().all()
 
 
 def check_finite(parameters: Mapping[str, Tensor], what: str) -> None:
@@ -51,6 +52,14 @@ def check_finite(parameters: Mapping[str, Tensor], what: str) -> None:
     if not finite.all():
         name = list(parameters)[finite.tolist().index(False)]
         raise NonFiniteError(f"parameter '{name}' of {what} is not finite: the model has diverged")
+
+
+@torch.no_grad()
+def take_over(carried: Mapping[str, Tensor], parameters: Mapping[str, Tensor], unless: Tensor | None = None) -> None:
+    """Put the carried values of a step into the parameters of their names; nothing where ``unless`` is not zero."""
+    for name, new in carried.items():
+        old = parameters[name]
+        old.copy_(new if unless is None else torch.where(unless > 0, old, new))
 
 
 class RunningStatistics:
@@ -127,7 +136,8 @@ class CapturedStep:
     """Meta-steps as replays of one captured function for each shape of episodes.
 
     Args:
-        parameters: the leaves that the optimizer updates, in the order of ``gradients``' results.
+        parameters: the leaves that the optimizer updates, or the steps' carried values replace, by name, in the order
+            of ``gradients``' results.
         optimizer: over them, fused, which leaves out a step that is not finite by itself.
         gradients: (parameters, episodes, phase) -> meta-loss and gradients. Nothing of it may depend on values.
         statistics: what the steps' BatchNorm statistics go to.
@@ -139,7 +149,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         gradients: Gradients,
         statistics: RunningStatistics,
@@ -147,7 +157,8 @@ class CapturedStep:
         report: Callable[[str], None] = to_stderr,
         patience: timedelta | None = None,
     ) -> None:
-        self._parameters, self._optimizer, self._gradients = list(parameters), optimizer, gradients
+        self._named, self._parameters = dict(parameters), list(parameters.values())
+        self._optimizer, self._gradients = optimizer, gradients
         self._statistics, self._graphs, self._report = statistics, graphs, report
         device = self._parameters[0].device
         self._bad = torch.zeros((), device=device)  # once it is 1, steps change nothing until the host has seen it
@@ -193,6 +204,7 @@ class CapturedStep:
             with self._told_by_the_device():
                 self._optimizer.step()
             self._optimizer.zero_grad()
+            take_over(out.carried, self._named, unless=self._bad)
             self._statistics.add(out.statistics, unless=self._bad)
             likes[:] = [out]
             return [Packed.pack([*out.tensors(), finite, self._bad])]

@@ -39,7 +39,8 @@ class Parameter:
             (the algorithm's own, which the network does not read).
         initial: (generator, shape) -> a fresh float32 tensor.
         scaled: CxGrad scales it; convolutions only.
-        trained: the outer optimizer moves it; otherwise it stays as it was drawn.
+        trained: the outer optimizer moves it; otherwise it stays as it was drawn, or is carried.
+        carried: not trained: what a task of meta-training leaves for the next, an inner optimizer's moments.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Parameter:
     initial: Initial = xavier_uniform
     scaled: bool = False
     trained: bool = True
+    carried: bool = False
 
     def untrained(self) -> Parameter:
         """The same, but not moved by the outer optimizer."""

@@ -20,6 +20,7 @@ from cxgrad_fast.reference.metasgd import metasgd
 from cxgrad_fast.reference.modgrad import modgrad
 from cxgrad_fast.reference.protomaml import protomaml
 from cxgrad_fast.reference.protonet import protonet
+from cxgrad_fast.reference.reptile import meta_loss as reptile_loss
 from cxgrad_fast.reference.tasks import Episodes, Rule, over_tasks
 
 _CONTEXT = ("context_dim", "context_learning_rate", "context_update", "initial_context_order")
@@ -42,6 +43,7 @@ _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
 ALGORITHMS = tuple(_RULES)  # those whose meta-loss it has
 _WITHOUT_INNER_LOOP: tuple[Rule, ...] = (protonet,)
 _CONVOLUTIONS = 4  # of Conv-4
+_SHAPE = ("backbone", "pool_last", "pool_padding", "pool_ceil", "channels_last")
 
 
 class ReferenceLoss(NamedTuple):
@@ -66,6 +68,8 @@ def meta_loss(
         episodes: ``T`` tasks.
         iteration: of meta-training, counted from 0; None: after all phases.
     """
+    if config.inner.algorithm == "reptile":
+        return _reptile(config, parameters, episodes)
     rule, settings = _of_config(config, iteration)
     found = over_tasks(rule, parameters, episodes, reduction=config.outer.reduction, **settings)
     losses = found["losses"]
@@ -78,6 +82,41 @@ def meta_loss(
         support_losses=losses[:, :-1].detach(),
         query_losses=losses[:, -1],
         accuracy=correct.to(losses.dtype).mean(),
+    )
+
+
+def _reptile(config: Any, parameters: Mapping[str, Tensor], episodes: Any) -> ReferenceLoss:
+    """Of Reptile; ``episodes`` also have ``batches``, ``parameters`` what goes on from task to task."""
+    model, inner = config.model, config.inner
+    theta = {name: tensor for name, tensor in parameters.items() if name.startswith(("features.", "head."))}
+    carried = "count" in parameters
+    moments = {n: parameters[f"moments.{n}"].detach() if carried else torch.zeros_like(t) for n, t in theta.items()}
+    found = reptile_loss(
+        theta,
+        episodes,
+        episodes.batches,
+        moments,
+        parameters["count"].item() if carried else 0,
+        reduction=config.outer.reduction,
+        carried=carried,
+        learning_rate=inner.learning_rate,
+        optimizer=inner.optimizer,
+        loss=inner.reduction,
+        beta2=inner.beta2,
+        adam_eps=inner.adam_eps,
+        slope=model.slope,
+        eps=model.norm_eps,
+        norm=model.norm,
+        norm_groups=model.norm_groups,
+        **_shape(model),
+    )
+    correct = found["query_logits"].argmax(2) == episodes.query_y
+    return ReferenceLoss(
+        loss=found["loss"],
+        query_logits=found["query_logits"],
+        support_losses=found["losses"],
+        query_losses=found["query_losses"],
+        accuracy=correct.to(found["losses"].dtype).mean(),
     )
 
 
@@ -106,10 +145,9 @@ def _of_config(config: Any, iteration: int | None) -> tuple[Rule, dict[str, Any]
         is_early = iteration is not None and iteration < inner.multi_step_iterations
         epoch, epochs = (iteration or 0) // inner.multi_step_epoch, inner.multi_step_iterations / inner.multi_step_epoch
         settings["query_weights"] = step_weights(inner.steps, epoch, epochs) if is_early else None
-    return rule, settings | {
-        "backbone": model.backbone,
-        "pool_last": model.pool_last,
-        "pool_padding": model.pool_padding,
-        "pool_ceil": model.pool_ceil,
-        "channels_last": model.channels_last,
-    }
+    return rule, settings | _shape(model)
+
+
+def _shape(model: Any) -> dict[str, Any]:
+    """Keywords of the network that every rule but CAVIA's has."""
+    return {name: getattr(model, name) for name in _SHAPE}
