@@ -21,7 +21,7 @@ from cxgrad_fast import InputError, Learner, released
 
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 _METRIC = tuple(name for name in FILES if name.startswith("protonet"))
-ON_THE_ENGINE = ("cxgrad_5w1s_a", "fomaml_shown", "maml_5w1s", "maml_resnet12_shown", *_METRIC)
+ON_THE_ENGINE = ("cxgrad_5w1s_a", "fomaml_shown", "maml_5w1s", "maml_resnet12_shown", "reptile_shown", *_METRIC)
 
 
 def outside(file: Golden) -> list[str]:

@@ -207,6 +207,36 @@ _RELEASED["protonet"] = (
     1,
     1,
 )
+_RELEASED["reptile"] = (
+    _OTHER_PROGRAMS
+    | {
+        "task.queries": 1,
+        "task.train_shots": 15,
+        "model.filters": 32,
+        "model.norm_eps": 1e-3,
+        "model.pool_ceil": True,
+        "model.channels_last": True,
+        "inner.steps": 8,
+        "inner.batch": 10,
+        "inner.learning_rate": 1e-3,
+        "inner.order": 1,
+        "inner.reduction": "sum",
+        "inner.optimizer": "adam",
+        "inner.moments": "carried",
+        "outer.optimizer": "sgd",
+        "outer.learning_rate": 1.0,
+        "outer.final_learning_rate": 0.0,
+        "outer.schedule": "linear",
+        "outer.iterations": 100_000,
+        "outer.validate_every": 1000,
+        "data.normalize": "none",
+        "evaluation.steps": 50,
+        "evaluation.validation_tasks": 100,
+        "evaluation.test_tasks": 10_000,
+    },
+    5,
+    5,
+)
 # where tieredImageNet has other values than miniImageNet
 _RELEASED_TIERED = {name: {"outer.iterations": 125_000, "model.filters": 64} for name in ("maml", "fomaml")}
 
@@ -221,6 +251,7 @@ def test_released_presets_of_the_other_algorithms(algorithm: str) -> None:
             expected |= {"outer.meta_batch": batch, "data.root": f"datasets/{dataset}_imagenet"}
             expected |= {"task.queries": shots} if algorithm == "anil" else {}
             expected |= {"task.train_ways": {1: 30, 5: 20}[shots]} if algorithm == "protonet" else {}
+            expected |= {"inner.evaluation_batch": {1: 5, 5: 15}[shots]} if algorithm == "reptile" else {}
             assert {name: flat[name] for name in expected} == expected
 
 
@@ -229,7 +260,9 @@ def test_glyphs_presets_have_one_budget(algorithm: str) -> None:
     for shots in (1, 5):
         base, config = preset(f"glyphs-5w{shots}s"), preset(f"glyphs-{algorithm}-5w{shots}s")
         assert config.inner.algorithm == algorithm
-        assert (config.task, config.data) == (base.task, base.data)
+        few = algorithm == "reptile" and shots == 1  # images for its minibatches
+        task = dataclasses.replace(base.task, train_shots=5) if few else base.task
+        assert (config.task, config.data) == (task, base.data)
         assert (config.model.filters, config.model.image_size) == (32, 28)
         assert (config.outer.meta_batch, config.outer.iterations) == (base.outer.meta_batch, base.outer.iterations)
     one, five = (preset(f"glyphs-{algorithm}-5w{shots}s").inner for shots in (1, 5))
