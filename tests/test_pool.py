@@ -476,9 +476,11 @@ class TestUpcoming:
         upcoming = Upcoming(drawing)
         upcoming.prepare(4, 2)
         for start, count in ((4, 2), (4, 2), (6, 1)):  # the second time nothing is ready
-            for name, tensor in vars(upcoming.take(start, count)).items():
-                expected = getattr(sample(start, count), name)
-                assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(expected)), name
+            found, expected = upcoming.take(start, count), sample(start, count)
+            assert found.ways == expected.ways
+            assert list(found.tensors()) == ["support_x", "support_y", "query_x", "query_y"]
+            for name, tensor in found.tensors().items():
+                assert torch.equal(tensor, expected.tensors()[name]), name
         upcoming.prepare(9, 2)
         assert len(upcoming.take(9, 1)) == 1  # not what was prepared
         assert drawn == [(4, 2), (4, 2), (6, 1), (9, 2), (9, 1)]
