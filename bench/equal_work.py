@@ -87,7 +87,7 @@ def make_case(config: Config, calm: bool = False) -> Case:
             is not amplified.
     """
     g = torch.Generator().manual_seed(config.run.seed)
-    task, model, tasks = config.task, config.model, config.outer.meta_batch
+    task, model, tasks = config.task.of_training(), config.model, config.outer.meta_batch
 
     def part(per_class: int) -> tuple[Tensor, Tensor]:
         count = task.ways * per_class
@@ -138,6 +138,8 @@ def small_copy(config: Config, precision: str = "float64", seed: int = 0) -> Con
             "model.filters": model.norm_groups if model.norm == "group" else min(model.filters, 4),
             "task.shots": min(config.task.shots, 2),
             "task.queries": min(config.task.queries, 3),
+            "task.train_shots": min(config.task.train_shots, 2),
+            "task.train_queries": min(config.task.train_queries, 3),
             "outer.meta_batch": min(config.outer.meta_batch, 2),
             "run.precision": precision,
             "run.seed": seed,

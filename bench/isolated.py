@@ -215,7 +215,7 @@ def _serve(name: str, pipe: Connection) -> None:
 def _perform(side: Direct, method: str, arguments: list[Any]) -> Any:
     if method == "build":
         config, sets, parameters = arguments
-        return side.build(config, Episodes(**_tensors(sets), ways=config.task.ways), _tensors(parameters))
+        return side.build(config, Episodes(**_tensors(sets), ways=config.task.of_training().ways), _tensors(parameters))
     if method == "load":
         return side.load(_tensors(arguments[0]))
     found = getattr(side, method)(*arguments)

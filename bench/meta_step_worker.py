@@ -23,6 +23,7 @@ from cxgrad_fast import Config, Episodes, Learner, preset
 def episodes_of(config: Config, images: Callable[[tuple[int, ...]], torch.Tensor]) -> Episodes:
     """A meta-batch of the config's shape, from what makes images of a shape."""
     task, model, tasks = config.task, config.model, config.outer.meta_batch
+    task = task.of_training() if hasattr(task, "of_training") else task
 
     def part(per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
         labels = torch.arange(task.ways).repeat(per_class).expand(tasks, -1)

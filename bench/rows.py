@@ -59,7 +59,7 @@ class Row:
 
 def describe(config: Config) -> str:
     """A case in words."""
-    task, model, inner = config.task, config.model, config.inner
+    task, model, inner = config.task.of_training(), config.model, config.inner
     return (
         f"{config.preset}, {inner.algorithm}: {task.ways}-way {task.shots}-shot, {config.outer.meta_batch} tasks, "
         f"{model.backbone}/{model.filters} {model.image_size}x{model.image_size}, {inner.steps} steps of order "

@@ -11,7 +11,7 @@ import importlib.util
 import loop
 import torch
 from functional import limits, loss_and_gradients
-from peers import higher_peer, jax_peer, learn2learn_peer
+from peers import higher_peer, jax_peer, learn2learn_peer, parallel_metalearn_peer
 from side import Factory, Parameters, Side, TorchSide, Unavailable, copies, device_of, differentiated, fill
 from torch import Tensor
 
@@ -82,6 +82,10 @@ def _jax(vmap: bool) -> Factory:
     return lambda config, episodes, parameters: jax_peer.build(config, episodes, parameters, vmap)
 
 
+def _parallel_metalearn(backend: str) -> Factory:
+    return lambda config, episodes, parameters: parallel_metalearn_peer.build(config, episodes, parameters, backend)
+
+
 def precision_of(name: str, config: Config) -> str:
     """The precision that a side multiplies in."""
     return "bfloat16" if name == _BFLOAT16 else config.run.precision
@@ -105,7 +109,14 @@ def refusal(name: str, config: Config) -> str:
 BASELINE = "loop"
 _COMPILED = "-compiled"
 _BFLOAT16 = "ours-cpp-bfloat16-compiled"
-_PACKAGES = {"jax-vmap": "jax", "jax-map": "jax", "higher": "higher", "learn2learn": "learn2learn"}
+_PACKAGES = {
+    "jax-vmap": "jax",
+    "jax-map": "jax",
+    "higher": "higher",
+    "learn2learn": "learn2learn",
+    "parallel-metalearn": "metalearn",
+    "parallel-metalearn-sequential": "metalearn",
+}
 # what a side computes, where that is not every algorithm
 _OF_FUNCTIONAL = ("cxgrad", "maml", "fomaml")
 _ALGORITHMS = {
@@ -115,6 +126,8 @@ _ALGORITHMS = {
     "jax-map": _OF_FUNCTIONAL,
     "higher": ("maml",),
     "learn2learn": ("maml",),
+    "parallel-metalearn": parallel_metalearn_peer.ALGORITHMS,
+    "parallel-metalearn-sequential": parallel_metalearn_peer.ALGORITHMS,
 }
 # their first step holds a compilation, too dear to be paid once more for a small case
 COMPILING = ("func-vmap-compiled", "jax-vmap", "jax-map", "ours-cpp-compiled", _BFLOAT16, "ours-triton-compiled")
@@ -132,4 +145,6 @@ SIDES: dict[str, Factory] = {
     "jax-map": _jax(vmap=False),
     "higher": higher_peer.build,
     "learn2learn": learn2learn_peer.build,
+    "parallel-metalearn": _parallel_metalearn("vmap"),
+    "parallel-metalearn-sequential": _parallel_metalearn("sequential"),
 }

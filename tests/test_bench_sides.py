@@ -47,6 +47,14 @@ def test_gradient_descent_has_a_step_of_its_own_to_compare_with() -> None:
     assert not checked("ours-reference", config).failure
 
 
+def test_tasks_are_those_of_meta_training() -> None:
+    """ProtoNet trains on more classes than it is tested on."""
+    config = of_algorithm("protonet", task__train_ways=7, task__train_shots=1)
+    assert equal_work.make_case(config).episodes.support_x.shape[:2] == (2, 7)
+    assert not checked("loop", config).failure
+    assert not checked("ours-reference", config).failure
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_no_loop_runs_the_norms_that_the_oracle_writes_out(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are slower than torch's, which released programs have: the others would look faster than they are."""

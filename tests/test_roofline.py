@@ -152,6 +152,13 @@ def test_the_query_set_is_asked_after_every_step_of_mamlpp_s_first_phase() -> No
     assert step_cost(config, 5) == step_cost(config)
 
 
+def test_the_tasks_of_meta_training_are_counted() -> None:
+    """ProtoNet trains on more classes than it is tested on."""
+    trained, tested = ({"task__train_ways": 7, "task__train_shots": 3}, {"task__ways": 7, "task__shots": 3})
+    costs = [step_cost(config_of(inner__algorithm="protonet", **words)) for words in (trained, tested)]
+    assert costs[0] == costs[1]
+
+
 def test_first_order_iterations_have_no_second_backward() -> None:
     config = config_of(inner__algorithm="l2f", inner__first_order_iterations=5)
     assert "second backward" not in step_cost(config, 4).by("phase")
