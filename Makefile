@@ -97,10 +97,11 @@ bench: setup
 bench-algorithms: setup
 	$(BIN)/python bench/episodes.py --preset 'released*-mini-5w5s' --outer.meta_batch 2 $(OURS_AND_LOOP) --limit 600 $(ARGS)
 
+OF_MAML := ours-reference,ours-cpp,ours-cpp-compiled,loop,higher,learn2learn,parallel-metalearn
 bench-full: setup
 	$(BIN)/python bench/episodes.py --preset released-mini-5w1s,released-mini-5w5s --outer.meta_batch 2 --limit 900 $(ARGS)
 	$(BIN)/python bench/episodes.py --preset released-maml-mini-5w1s,released-maml-mini-5w5s --outer.meta_batch 2 \
-	    --limit 300 $(ARGS)
+	    --limit 300 --sides $(OF_MAML) $(ARGS)
 
 bench-report: setup
 	$(BIN)/python bench/report.py $(ARGS)

@@ -14,6 +14,7 @@ from functional import loss_and_gradients
 from helpers import config_of, gradients, random_episodes, relative_error, spread_parameters
 from isolated import Direct, Isolated
 from measure import Dropped
+from peers import parallel_metalearn_peer
 from torch import Tensor
 
 from cxgrad_fast import Config, Episodes, Learner
@@ -151,9 +152,11 @@ def test_the_loop_takes_the_outer_steps_of_the_engine(overrides: dict[str, objec
     assert bool(stays) == ("inner.random_init" in overrides)
 
 
-@pytest.mark.parametrize("name", ["func-vmap", "func-vmap-compiled", "jax-vmap", "jax-map", "higher", "learn2learn"])
+@pytest.mark.parametrize(
+    "name", ["func-vmap", "func-vmap-compiled", "jax-vmap", "jax-map", "higher", "learn2learn", "parallel-metalearn"]
+)
 def test_a_side_names_the_algorithms_that_it_computes(name: str) -> None:
-    assert sides.refusal(name, of_algorithm("anil")).endswith("not anil")
+    assert sides.refusal(name, of_algorithm("cavia")).endswith("not cavia")
     assert "computes" not in sides.refusal(name, of_algorithm("maml"))
 
 
@@ -176,6 +179,32 @@ def test_func_vmap_is_the_engine(algorithm: str, overrides: dict[str, Any]) -> N
     found, value = loss_and_gradients(config)({n: t.detach() for n, t in learner.meta_parameters.items()}, batch)
     assert relative_error(value, loss) < 1e-10
     assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", parallel_metalearn_peer.ALGORITHMS)
+@pytest.mark.parametrize("name", ["parallel-metalearn", "parallel-metalearn-sequential"])
+def test_parallel_metalearn_does_the_same_work(name: str, algorithm: str) -> None:
+    config = of_algorithm(algorithm)
+    reason = sides.refusal(name, config)
+    if reason:
+        pytest.skip(reason)
+    assert not checked(name, config).failure
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"outer.reduction": "sum"}, "averages over tasks"),
+        ({"outer.clip_norm": 1.0}, "does not clip"),
+        ({"inner.algorithm": "boil", "inner.head_learning_rate": 0.1}, "one rate for body and head"),
+        ({"model.norm": "layer"}, "batch norm"),
+    ],
+)
+def test_parallel_metalearn_says_what_it_cannot(overrides: dict[str, object], reason: str) -> None:
+    config = of_algorithm("maml").override(overrides)
+    with pytest.raises(sides.Unavailable, match=reason):
+        sides.SIDES["parallel-metalearn"](config, *_case_of(config))
 
 
 @pytest.mark.slow

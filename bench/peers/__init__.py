@@ -1,8 +1,9 @@
 """Other people's libraries, each in a few lines of ours, imported only when asked for; a missing one is a reason.
 
-``jax_peer`` takes the whole step, CxGrad too; ``higher_peer`` and ``learn2learn_peer`` are MAML. To have them all:
+``jax_peer`` takes the whole step, CxGrad too; ``higher_peer`` and ``learn2learn_peer`` are MAML;
+``parallel_metalearn_peer`` has MAML, ANIL, BOIL and MAML++. To have them all:
 
-    pip install jax higher
+    make bench-peers  # pip install jax higher parallel-metalearn
     # learn2learn 0.2.0: learn2learn_peer says how
 """
 

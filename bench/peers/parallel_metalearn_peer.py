@@ -64,9 +64,8 @@ class ParallelMetaLearn:
             per_step=is_mamlpp,
             learn_lr=is_mamlpp,
         ).to(dtype=dtype)
-        fill(
-            descent.lrs, {name: torch.tensor(inner.learning_rate, dtype=torch.float64) for name in descent.lrs}
-        )  # it made them in float32
+        rate = torch.tensor(inner.learning_rate, dtype=torch.float64)
+        fill(descent.lrs, dict.fromkeys(descent.lrs, rate))  # which it made in float32
         rule = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.outer.optimizer]
         self._maml = algorithms.MAML(
             model=model,
@@ -172,11 +171,8 @@ class _Head(nn.Linear):
 
 def _adapted(body: nn.Module) -> list[str]:
     """The library's names of what MAML adapts here: convolutions and head."""
-    return [
-        *(f"backbone.{name}" for name, _ in body.named_parameters() if "norm." not in name),
-        "head.weight",
-        "head.bias",
-    ]
+    convolutions = [f"backbone.{name}" for name, _ in body.named_parameters() if "norm." not in name]
+    return [*convolutions, "head.weight", "head.bias"]
 
 
 def _fast(model: Any, has_rates: bool) -> list[str]:
