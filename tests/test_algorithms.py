@@ -412,7 +412,7 @@ def test_a_run_trains_resumes_and_tests(variant: str, images: Path, tmp_path: Pa
         (
             {"inner__algorithm": "protonet", "inner__order": "1"},
             "setting 'inner.order' belongs to alfa, anil, boil, cavia, cxgrad, fomaml, l2f, maml, mamlpp, metasgd, "
-            "modgrad, protomaml, not to protonet (inner.algorithm), which has 'inner.distance'",
+            "modgrad, protomaml, reptile, not to protonet (inner.algorithm), which has 'inner.distance'",
         ),
         (
             {"inner__algorithm": "maml", "task__train_ways": "4"},
