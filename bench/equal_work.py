@@ -134,7 +134,7 @@ def small_copy(config: Config, precision: str = "float64", seed: int = 0) -> Con
     return config.override(
         fewer
         | {
-            "model.image_size": min(model.image_size, 21),
+            "model.image_size": min(model.image_size, max(21, config.inner.least_size(model))),
             "model.filters": model.norm_groups if model.norm == "group" else min(model.filters, 4),
             "task.shots": min(config.task.shots, 2),
             "task.queries": min(config.task.queries, 3),

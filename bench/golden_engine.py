@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import torch
 from golden_files import Arrays, Golden
-from golden_rules import joint, network, protonet_form, reduction, reptile_network, ways
+from golden_rules import (
+    joint,
+    matchingnet_form,
+    network,
+    protonet_form,
+    reduction,
+    relationnet_form,
+    reptile_network,
+    ways,
+)
 
 from cxgrad_fast import Config, Episodes, Learner, preset, released
 from cxgrad_fast.engine import MetaLoss
@@ -238,6 +247,21 @@ def _protonet(file: Golden) -> Config | None:
     return _metric(file, **protonet_form(file))
 
 
+def _relationnet(file: Golden) -> Config | None:
+    form = relationnet_form(file)
+    form["loss"] = form.pop("loss_type")
+    return _metric(
+        file,
+        relation_dim=len(file.parameters["relation.hidden.bias"]),
+        relation_momentum=file.number("relation_bn_momentum", default=1.0),
+        **form,
+    )
+
+
+def _matchingnet(file: Golden) -> Config | None:
+    return _metric(file, **matchingnet_form(file))
+
+
 def _metric(file: Golden, **inner: object) -> Config | None:
     return _of_file(file, algorithm=file.family, statistics_momentum=file.number("bn_momentum", default=0.1), **inner)
 
@@ -269,8 +293,10 @@ _ALGORITHMS: dict[str, Callable[[Golden], Config | None]] = {
     "l2f": _l2f,
     "maml": _maml,
     "mamlpp": _mamlpp,
+    "matchingnet": _matchingnet,
     "metasgd": _metasgd,
     "modgrad": _modgrad,
     "protonet": _protonet,
+    "relationnet": _relationnet,
     "reptile": _reptile,
 }

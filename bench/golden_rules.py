@@ -231,24 +231,32 @@ def _protonet(file: Golden) -> Arrays:
     return _metric(file, protonet, **protonet_form(file))
 
 
-def _matchingnet(file: Golden) -> Arrays:
+def matchingnet_form(file: Golden) -> Settings:
+    """What files of MatchingNet say about its form, by the names of the settings."""
     easyfsl = file.table is released.EASYFSL
     full_context = file.flag("fce", default="query_lstm.weight_ih" in file.parameters)
     attention = "support_cosine" if easyfsl else "cosine"
-    return _metric(file, matchingnet, full_context=full_context, attention=attention, joint=joint(file, not easyfsl))
+    return {"full_context": full_context, "attention": attention, "joint": joint(file, not easyfsl)}
+
+
+def _matchingnet(file: Golden) -> Arrays:
+    return _metric(file, matchingnet, **matchingnet_form(file))
+
+
+def relationnet_form(file: Golden) -> Settings:
+    """What files of RelationNet say about its form."""
+    closerlook = file.table is released.CLOSERLOOK_RELATIONNET
+    small = closerlook and file.episodes.support_x.shape[3] // 4 - 2 < CLOSERLOOK_PADDING_UNDER
+    return {
+        "shots_rule": file.text("shots_rule", "mean" if closerlook else "sum"),
+        "relation_padding": file.whole("relation_padding", default=int(small)),
+        "loss_type": file.text("loss_type", "softmax" if file.algorithm.endswith("softmax") else "mse"),
+        "joint": joint(file, closerlook),
+    }
 
 
 def _relationnet(file: Golden) -> Arrays:
-    closerlook = file.table is released.CLOSERLOOK_RELATIONNET
-    small = closerlook and file.episodes.support_x.shape[3] // 4 - 2 < CLOSERLOOK_PADDING_UNDER
-    return _metric(
-        file,
-        relationnet,
-        shots_rule=file.text("shots_rule", "mean" if closerlook else "sum"),
-        relation_padding=file.whole("relation_padding", default=int(small)),
-        loss_type=file.text("loss_type", "softmax" if file.algorithm.endswith("softmax") else "mse"),
-        joint=joint(file, closerlook),
-    )
+    return _metric(file, relationnet, **relationnet_form(file))
 
 
 _ALGORITHMS: dict[str, Callable[[Golden], Arrays]] = {

@@ -22,6 +22,7 @@ BATCHES = 1  # the last number of the keys of minibatches, which classes and ima
 _NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar": ((0.5071, 0.4847, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "relationnet": ((0.92206,) * 3, (0.08426,) * 3),  # of its program, for all data sets
 }
 
 _LABELS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))

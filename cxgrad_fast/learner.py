@@ -281,10 +281,20 @@ class Learner:
         outer = self.config.outer
         if not outer.clip_value and not outer.clip_norm:
             return out, found
-        declared = self.algorithm.declared.values()
-        return out, clipped(
-            outer, found, [each.trained and (outer.clip == "all" or each.role != OWN) for each in declared]
-        )
+        for part in self._clipped_parts():
+            found = clipped(outer, found, part)
+        return out, found
+
+    def _clipped_parts(self) -> list[list[bool]]:
+        """Which parameters have their gradients clipped together, once or for each of the parts."""
+        declared, clip = self.algorithm.declared, self.config.outer.clip
+        if clip == "apart":
+            backbone = self.algorithm.backbone.parameters
+            return [
+                [each.trained and (name in backbone) == is_backbone for name, each in declared.items()]
+                for is_backbone in (True, False)
+            ]
+        return [[each.trained and (clip == "all" or each.role != OWN) for each in declared.values()]]
 
     def _loss_and_gradients(
         self, parameters: Sequence[Tensor], episodes: Episodes, phase: Phase

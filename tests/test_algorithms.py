@@ -37,6 +37,13 @@ from cxgrad_fast.evaluate import predict_tasks
 
 pytest_plugins = ("tiny_runs_fixtures",)
 
+_PADDED = {  # as CloserLookFewShot's on small images
+    "model.image_size": 22,
+    "inner.relation_padding": 1,
+    "inner.shots_rule": "mean",
+    "inner.joint": True,
+    "inner.statistics_momentum": 0.1,
+}
 # one row an algorithm, and one for each of its switches; what is not said is the algorithm's own default
 VARIANTS: dict[str, dict[str, Any]] = {
     "alfa": {},
@@ -53,12 +60,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2f_embedding_in_graph": {"inner.embedding_in_graph": True},
     "maml": {},
     "mamlpp": {},
+    "matchingnet": {},
+    "matchingnet_plain": {"inner.full_context": False},
+    "matchingnet_support_cosine_apart": {"inner.attention": "support_cosine", "inner.joint": False},
     "metasgd": {},
     "modgrad": {"inner.steps": 3, "inner.mixtures": 2},  # the third round is the first whose context has moved twice
     "protomaml": {},
     "protonet": {},
     "protonet_euclidean_apart": {"inner.distance": "euclidean", "inner.joint": False},
     "protonet_cosine": {"inner.distance": "cosine"},
+    "relationnet": {"model.image_size": 46},
+    "relationnet_padded": _PADDED,
+    "relationnet_softmax": _PADDED | {"inner.loss": "softmax", "task.shots": 2},
     "reptile": {"inner.batch": 4},
     # epsilon above the rounding of a bias in front of a norm, of which Adam would make steps
     "reptile_new_moments": {"inner.batch": 4, "inner.moments": "new", "inner.adam_eps": 1e-4},
@@ -142,7 +155,9 @@ def on_resnet12(variant: str) -> Config:
     return config if is_metric(variant) else config.override({"inner.steps": 1})
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if algorithm_of(name) not in ("cavia", "modgrad")])
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if algorithm_of(name) not in ("cavia", "modgrad", "relationnet")]
+)
 def test_equals_the_oracle_on_resnet12(variant: str) -> None:
     compare_with_oracle(on_resnet12(variant))
 
@@ -338,7 +353,8 @@ def test_compiled_predictions_have_the_eager_bits(variant: str, monkeypatch: pyt
 def test_an_ensemble_answers_with_its_mean(variant: str) -> None:
     members = [trained(variant, seed) for seed in (1, 2)]
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (5 * 8, 16, 16, 3), generator=g, dtype=torch.uint8)
+    size = members[0].config.model.image_size
+    images = torch.randint(256, (5 * 8, size, size, 3), generator=g, dtype=torch.uint8)
     pool = ImagePool(images, torch.arange(5).repeat_interleave(8), tuple("abcde"), "val", "noise")
     sampler = EpisodeSampler(pool, members[0].config, torch.float64)
     logits, labels = predict_tasks(members, sampler, 3, tasks_per_batch=2)
@@ -359,7 +375,9 @@ def test_released_names_round_trip(variant: str, conv_bias: bool) -> None:
         assert torch.equal(two.meta_parameters[name], tensor), name
 
 
-@pytest.mark.parametrize("algorithm", ["anil", "boil", "cavia", "metasgd", "modgrad", "protonet", "reptile"])
+@pytest.mark.parametrize(
+    "algorithm", ["anil", "boil", "cavia", "matchingnet", "metasgd", "modgrad", "protonet", "reptile"]
+)
 def test_a_released_program_without_resnet12_is_told(algorithm: str) -> None:
     with pytest.raises(InputError, match=f"the released program of {algorithm} has no parameter like our 'features.0"):
         Learner(tiny(algorithm, **ON_RESNET12)).load_released({})
@@ -417,7 +435,20 @@ def test_a_run_trains_resumes_and_tests(variant: str, images: Path, tmp_path: Pa
         (
             {"inner__algorithm": "maml", "task__train_ways": "4"},
             "setting 'task.train_ways' (=4) must be task.ways (=3): the head of maml has a row for each class, only "
-            "protomaml, protonet have none",
+            "matchingnet, protomaml, protonet, relationnet have none",
+        ),
+        (
+            {"inner__algorithm": "relationnet", "model__backbone": "resnet12"},
+            "setting 'model.backbone' (=resnet12) must be conv4: relationnet has an encoder of its own",
+        ),
+        (
+            {"inner__algorithm": "relationnet", "model__image_size": "28"},
+            "setting 'model.image_size' (=28) leaves nothing of the maps that relationnet compares: use at least 46, "
+            "or inner.relation_padding = 1 with at least 22",
+        ),
+        (
+            {"inner__algorithm": "relationnet", "inner__relation_padding": "1", "model__image_size": "21"},
+            "setting 'model.image_size' (=21) leaves nothing of the maps that relationnet compares: use at least 22",
         ),
         (
             {"inner__algorithm": "protonet", "inner__statistics_momentum": "0"},

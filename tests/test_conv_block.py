@@ -333,3 +333,60 @@ def test_one_number_for_epsilon() -> None:
     _, expected_pair = conv_block(x, *rest, many, slope=0.01, pool=True, return_statistics=True)
     for actual, expected in zip((mean, variance), expected_pair, strict=True):
         assert relative_error(actual, expected) < 1e-12
+
+
+# --- without padding ---
+
+
+def test_without_padding_is_the_framework_s_valid_convolution() -> None:
+    x, weight, scale, bias, _ = inputs(SHAPES["odd_size"])
+    options = {"slope": 0.1, "pool": True, "padded": False, "return_statistics": True}
+    y, (mean, variance) = conv_block(x, weight, scale, bias, 1e-5, **options)
+    for task in range(len(x)):
+        convolved = F.conv2d(x[task], weight[task])
+        normalised = F.batch_norm(convolved, None, None, scale[task], bias[task], training=True, eps=1e-5)
+        expected = F.max_pool2d(F.leaky_relu(normalised, 0.1), 2)
+        assert relative_error(y[task], expected) < 1e-12
+        assert relative_error(mean[task], convolved.mean((0, 2, 3))) < 1e-12
+        assert relative_error(variance[task], convolved.var((0, 2, 3), correction=0)) < 1e-12
+    assert torch.autograd.gradcheck(
+        lambda *operands: conv_block(*operands, 1e-2, slope=None, pool=False, padded=False), (x, weight, scale, bias)
+    )
+
+
+def test_without_padding_is_the_inside_of_what_padding_gives() -> None:
+    x, weight, scale, bias, eps = inputs(SHAPES["one_task"])
+    given = (bias.detach(), scale.detach().square())
+    padded, valid = (
+        conv_block(x, weight, scale, bias, eps, slope=0.0, pool=False, padded=padded, statistics=given)
+        for padded in (True, False)
+    )
+    assert relative_error(valid, padded[..., 1:-1, 1:-1]) < 1e-12
+    nothing = conv_block(x[:0], weight[:0], scale[:0], bias[:0], 0.1, slope=None, pool=True, padded=False)
+    assert nothing.shape == (0, 2, 4, 2, 2)
+
+
+def test_without_padding_a_group_norm() -> None:
+    x, weight, scale, bias, _ = inputs(SHAPES["one_task"])
+    y = conv_block(x, weight, scale, bias, 1e-5, slope=None, pool=False, padded=False, norm="group", groups=2)
+    expected = F.group_norm(F.conv2d(x[0], weight[0]), 2, scale[0], bias[0], 1e-5)
+    assert relative_error(y[0], expected) < 1e-12
+
+
+def test_without_padding_something_must_be_left() -> None:
+    x, weight, scale, bias, _ = inputs((1, 1, 1, 1, 3, 5, 3))
+    with pytest.raises(ValueError, match=r"x must have H and W of at least 4 without padding, got \[1, 1, 1, 3, 5\]"):
+        conv_block(x, weight, scale, bias, 0.1, slope=None, pool=True, padded=False)
+    images = x.detach()
+    with pytest.raises(ValueError, match="patch_statistics needs padding"):
+        conv_block(
+            images,
+            weight,
+            scale,
+            bias,
+            0.1,
+            slope=None,
+            pool=True,
+            patch_statistics=patch_statistics(images),
+            padded=False,
+        )

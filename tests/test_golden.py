@@ -20,7 +20,7 @@ from helpers import GOLDEN, config_of
 from cxgrad_fast import InputError, Learner, released
 
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
-_METRIC = tuple(name for name in FILES if name.startswith("protonet"))
+_METRIC = tuple(name for name in FILES if name.startswith(("protonet", "matchingnet", "relationnet")))
 ON_THE_ENGINE = ("cxgrad_5w1s_a", "fomaml_shown", "maml_5w1s", "maml_resnet12_shown", "reptile_shown", *_METRIC)
 
 

@@ -11,7 +11,8 @@ from cxgrad_fast.learner import Learner
 from cxgrad_fast.learner_state import check_state
 
 SETTINGS = [
-    *({"inner__algorithm": algorithm} for algorithm in ALGORITHMS),
+    *({"inner__algorithm": algorithm} for algorithm in ALGORITHMS if algorithm != "relationnet"),
+    {"inner__algorithm": "relationnet", "inner__relation_padding": 1, "model__image_size": 22},
     {"model__norm": "layer"},
     {"outer__optimizer": "sgd"},
     {"model__conv_bias": True},

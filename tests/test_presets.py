@@ -237,6 +237,55 @@ _RELEASED["reptile"] = (
     5,
     5,
 )
+_RELEASED["matchingnet"] = (
+    _WITHOUT_INNER_LOOP
+    | {
+        "task.queries": 15,
+        "task.train_ways": 0,
+        "task.train_queries": 16,
+        "inner.full_context": True,
+        "inner.attention": "cosine",
+        "inner.joint": True,
+        "inner.statistics_momentum": 0.1,
+        "data.normalize": "imagenet",
+    },
+    1,
+    1,
+)
+_RELEASED["relationnet"] = (
+    _WITHOUT_INNER_LOOP
+    | {
+        "task.train_ways": 0,
+        "inner.joint": False,
+        "inner.shots_rule": "sum",
+        "inner.relation_padding": 0,
+        "inner.loss": "mse",
+        "inner.statistics_momentum": 1.0,
+        "inner.relation_momentum": 1.0,
+        "outer.iterations": 500_000,
+        "outer.validate_every": 5000,
+        "outer.schedule": "step",
+        "outer.schedule_every": 100_000,
+        "outer.clip_norm": 0.5,
+        "outer.clip": "apart",
+        "data.normalize": "relationnet",
+        "evaluation.validation_tasks": 600,
+        "evaluation.statistics": "transductive",
+    },
+    1,
+    1,
+)
+# what differs between 1 and 5 shots beside the shots
+_BY_SHOTS: dict[str, dict[int, dict[str, object]]] = {
+    "anil": {1: {"task.queries": 1}, 5: {"task.queries": 5}},
+    "protonet": {1: {"task.train_ways": 30}, 5: {"task.train_ways": 20}},
+    "matchingnet": {1: {"outer.iterations": 60_000}, 5: {"outer.iterations": 40_000}},
+    "relationnet": {
+        1: {"task.queries": 3, "task.train_queries": 15},
+        5: {"task.queries": 5, "task.train_queries": 10},
+    },
+    "reptile": {1: {"inner.evaluation_batch": 5}, 5: {"inner.evaluation_batch": 15}},
+}
 # where tieredImageNet has other values than miniImageNet
 _RELEASED_TIERED = {name: {"outer.iterations": 125_000, "model.filters": 64} for name in ("maml", "fomaml")}
 
@@ -249,9 +298,7 @@ def test_released_presets_of_the_other_algorithms(algorithm: str) -> None:
             flat = preset(f"released-{algorithm}-{dataset}-5w{shots}s").flat()
             expected = same | changed | {"inner.algorithm": algorithm, "task.ways": 5, "task.shots": shots}
             expected |= {"outer.meta_batch": batch, "data.root": f"datasets/{dataset}_imagenet"}
-            expected |= {"task.queries": shots} if algorithm == "anil" else {}
-            expected |= {"task.train_ways": {1: 30, 5: 20}[shots]} if algorithm == "protonet" else {}
-            expected |= {"inner.evaluation_batch": {1: 5, 5: 15}[shots]} if algorithm == "reptile" else {}
+            expected |= _BY_SHOTS.get(algorithm, {}).get(shots, {})
             assert {name: flat[name] for name in expected} == expected
 
 

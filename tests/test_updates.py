@@ -28,6 +28,25 @@ def test_schedules() -> None:
         assert learning_rate(outer(schedule=schedule), None) == 1e-3
 
 
+def test_networks_are_clipped_apart() -> None:
+    """RelationNet's program: encoder and relation module, each to a norm of its own."""
+    settings = {"inner.algorithm": "relationnet", "inner.relation_padding": 1, "model.image_size": 22}
+    learner = Learner(config_of().override(settings | {"outer.clip_norm": 1e-3, "outer.clip": "apart"}))
+    episodes = random_episodes(learner.config)
+    found = gradients(learner.meta_loss(episodes).loss, learner.meta_parameters)
+    learner.meta_step(episodes)
+    moments = [state["exp_avg"] / 0.1 for state in learner.state_dict()["optimizer"]["state"].values()]
+    for start in ("features.", "relation."):
+        names = [name for name in found if name.startswith(start)]
+        norm = torch.cat([found[name].flatten() for name in names]).norm()
+        assert norm > 1e-3
+        for name, moment in zip(found, moments, strict=True):
+            if name in names:
+                torch.testing.assert_close(moment, found[name] * (1e-3 / norm), rtol=1e-9, atol=1e-15)
+    without = config_of().override({"inner.algorithm": "protonet", "outer.clip_norm": 1e-3, "outer.clip": "apart"})
+    Learner(without).meta_step(random_episodes(without))  # which has the backbone alone
+
+
 def test_clipping() -> None:
     found = [torch.tensor([3.0, -30.0]), torch.tensor([40.0])]
     values = clipped(outer(clip_value=10), found, [True, False])

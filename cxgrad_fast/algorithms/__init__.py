@@ -9,10 +9,12 @@ from cxgrad_fast.algorithms.cxgrad import CxGrad
 from cxgrad_fast.algorithms.l2f import L2F
 from cxgrad_fast.algorithms.maml import MAML
 from cxgrad_fast.algorithms.mamlpp import MAMLPP
+from cxgrad_fast.algorithms.matchingnet import MatchingNet
 from cxgrad_fast.algorithms.metasgd import MetaSGD
 from cxgrad_fast.algorithms.modgrad import ModGrad
 from cxgrad_fast.algorithms.protomaml import ProtoMAML
 from cxgrad_fast.algorithms.protonet import ProtoNet
+from cxgrad_fast.algorithms.relationnet import RelationNet
 from cxgrad_fast.algorithms.reptile import Reptile
 from cxgrad_fast.config import Config
 from cxgrad_fast.models import Backbone
@@ -29,10 +31,12 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "l2f": L2F,
     "maml": MAML,
     "mamlpp": MAMLPP,
+    "matchingnet": MatchingNet,
     "metasgd": MetaSGD,
     "modgrad": ModGrad,
     "protomaml": ProtoMAML,
     "protonet": ProtoNet,
+    "relationnet": RelationNet,
     "reptile": Reptile,
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cxgrad_fast.algorithms.algorithm import Algorithm, Found, Images, Output, State, Support
 from cxgrad_fast.config import MetricConfig
+from cxgrad_fast.kernels import PatchStatistics
 from cxgrad_fast.models import LayerStatistics, Network, Parameter
 
 
@@ -36,7 +37,11 @@ class Metric(Algorithm):
         raise AssertionError("there is no inner step")
 
     def images(self, x: Tensor) -> Images:
-        return Images(x, {}) if self.config.joint else super().images(x)  # the pass over both sets has others
+        return Images(x, {} if self.config.joint else self.patches(x))  # the pass over both sets has others
+
+    def patches(self, x: Tensor) -> Mapping[str, PatchStatistics]:
+        """Patch statistics of images that a pass goes over, as the backbone's."""
+        return self.backbone.patches(x)
 
     def embed(self, net: Network, x: Tensor) -> Tensor:
         """Images ``[T, S, C, H, W]`` -> what is compared, ``[T, S, ...]``."""
@@ -66,7 +71,7 @@ class Metric(Algorithm):
         sets: list[Images] = [support, query]
         if self.config.joint or given is not None:
             x = torch.cat([support.x, query.x], 1)
-            sets = [Images(x, self.backbone.patches(x) if given is None else {})]
+            sets = [Images(x, self.patches(x) if given is None else {})]
         nets = [self.network(state, k, shared, each, given=given, collect=collect) for each in sets]
         embedded = torch.cat([self.embed(net, each.x) for net, each in zip(nets, sets, strict=True)], 1)
         supports, queries = embedded.split([support.x.shape[1], query.x.shape[1]], 1)

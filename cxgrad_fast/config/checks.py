@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from cxgrad_fast.config.fields import InputError
-from cxgrad_fast.config.inner import ALGORITHMS, ANILConfig, MetricConfig
+from cxgrad_fast.config.inner import ALGORITHMS, ANILConfig, MetricConfig, RelationNetConfig
 from cxgrad_fast.printable import shown
 
 if TYPE_CHECKING:
@@ -95,8 +96,24 @@ def _check_inner(config: Config) -> None:
         raise InputError(
             f"setting 'run.recompute' has nothing to recompute: {inner.algorithm} keeps no graph of its inner steps"
         )
+    if isinstance(inner, RelationNetConfig):
+        _check_relation(config.model, inner)
     if not getattr(inner, "layers", True) and not getattr(inner, "context_at_head", False):
         raise InputError("setting 'inner.layers' must name at least one convolution: without any, nothing is adapted")
+
+
+def _check_relation(model: ModelConfig, inner: RelationNetConfig) -> None:
+    if model.backbone != "conv4":
+        raise InputError(
+            f"setting 'model.backbone' (={model.backbone}) must be conv4: {inner.algorithm} has an encoder of its own"
+        )
+    least, padded = (each.least_size(model) for each in (inner, dataclasses.replace(inner, relation_padding=1)))
+    if model.image_size < least:
+        padding = f", or inner.relation_padding = 1 with at least {padded}" if padded < least else ""
+        raise InputError(
+            f"setting 'model.image_size' (={model.image_size}) leaves nothing of the maps that {inner.algorithm} "
+            f"compares: use at least {least}{padding}"
+        )
 
 
 def _check_sizes(config: Config) -> None:

@@ -86,8 +86,9 @@ class OuterConfig:
     final_learning_rate: float = field(default=0.0, metadata=at_least(0))
     clip_value: float = field(default=0.0, metadata=at_least(0))  # of every element of the meta-gradient; 0: none
     clip_norm: float = field(default=0.0, metadata=at_least(0))  # of the whole meta-gradient; 0: none
-    # what is clipped: everything, or the backbone and the head without the algorithm's own parameters
-    clip: str = field(default="all", metadata=choice("all", "network"))
+    # what is clipped: everything; the backbone and the head without the algorithm's own parameters; or the backbone and
+    # all else, each by itself
+    clip: str = field(default="all", metadata=choice("all", "network", "apart"))
     restart_every: int = field(default=0, metadata=at_least(0))  # iterations until the optimizer starts anew; 0: never
 
 
@@ -99,7 +100,7 @@ class DataConfig:
     root: str = ""  # folder: root/{train,val,test}/<class>/*; glyphs: a folder of fonts instead of matplotlib's
     variant: str = field(default="default", metadata=choice("default", "hard"))  # of glyphs
     cross_domain: str = field(default="", metadata=choice("", "digits", "glyphs"))  # also tested on, at the end
-    normalize: str = field(default="none", metadata=choice("none", "imagenet", "cifar"))
+    normalize: str = field(default="none", metadata=choice("none", "imagenet", "cifar", "relationnet"))
     # counter: our own stable stream; released: the classes and images that the released program would draw
     sampler: str = field(default="counter", metadata=choice("counter", "released"))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from cxgrad_fast.config.fields import above, at_least, choice, constant, settings_of
+from cxgrad_fast.config.groups import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class InnerConfig:
     def minibatch(self, training: bool) -> int | None:
         """How many images a step takes from the support set; 0: as many as it has; None: the set as it is."""
         return None
+
+    def least_size(self, model: ModelConfig) -> int:
+        """The least ``model.image_size``, beside what the backbone itself asks for."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,44 @@ class ProtoNetConfig(MetricConfig):
 
 
 @dataclass(frozen=True)
+class MatchingNetConfig(MetricConfig):
+    """MatchingNet (Vinyals et al. 2016); CloserLookFewShot's values, for its authors released no program."""
+
+    full_context: bool = True  # the features see the support set, by LSTMs over it
+    # softmax of 100 relu(cosine), or of the query's products with supports of unit length
+    attention: str = field(default="cosine", metadata=choice("cosine", "support_cosine"))
+
+
+@dataclass(frozen=True)
+class RelationNetConfig(MetricConfig):
+    """RelationNet (Sung et al. 2018); the authors' program's values."""
+
+    joint: bool = False
+    statistics_momentum: float = field(default=1.0, metadata=above(0, 1))  # of the encoder's norms
+    relation_momentum: float = field(default=1.0, metadata=above(0, 1))  # of the relation module's
+    shots_rule: str = field(default="sum", metadata=choice("sum", "mean"))  # the class's map, of its shots' maps
+    relation_padding: int = field(default=0, metadata=choice(0, 1))  # of the relation module's convolutions
+    relation_dim: int = field(default=8, metadata=at_least(1, 100_000))  # of its hidden layer
+    # mse: squared error of the scores' sigmoids; softmax: cross-entropy of the scores
+    loss: str = field(default="mse", metadata=choice("mse", "softmax"))
+
+    def relation_size(self, model: ModelConfig) -> int:
+        """The side of what the relation module's convolutions leave of the images; below 1: nothing."""
+
+        def pooled(size: int) -> int:
+            return -(-size // 2) if model.pool_ceil else size // 2
+
+        size = pooled(pooled(model.image_size - 2) - 2)  # the encoder: two of four convolutions do not pad, and pool
+        for _ in range(2):
+            size = pooled(size - 2 * (1 - self.relation_padding))
+        return size
+
+    def least_size(self, model: ModelConfig) -> int:
+        sizes = (dataclasses.replace(model, image_size=size) for size in itertools.count(1))
+        return next(each.image_size for each in sizes if self.relation_size(each) >= 1)
+
+
+@dataclass(frozen=True)
 class ReptileConfig(InnerConfig):
     """Reptile (Nichol, Achiam, Schulman 2018); the released program's values."""
 
@@ -190,10 +234,12 @@ ALGORITHMS: dict[str, type[InnerConfig]] = {
     "l2f": L2FConfig,
     "maml": MAMLConfig,
     "mamlpp": MAMLPPConfig,
+    "matchingnet": MatchingNetConfig,
     "metasgd": MetaSGDConfig,
     "modgrad": ModGradConfig,
     "protomaml": ProtoMAMLConfig,
     "protonet": ProtoNetConfig,
+    "relationnet": RelationNetConfig,
     "reptile": ReptileConfig,
 }
 

@@ -67,7 +67,7 @@ def clipped(outer: OuterConfig, gradients: Sequence[Tensor], is_clipped: Sequenc
             gradient = found[index]
             bounded = gradient.clamp(-outer.clip_value, outer.clip_value)
             found[index] = torch.where(gradient.isfinite(), bounded, gradient)
-    if outer.clip_norm:
+    if outer.clip_norm and chosen:
         norm = torch.stack([found[index].norm() for index in chosen]).norm()
         share = (outer.clip_norm / norm).clamp_max(1.0)
         for index in chosen:

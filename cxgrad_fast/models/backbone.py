@@ -68,7 +68,7 @@ class Backbone(ABC):
             return {}
         return {self.first_layer: patch_statistics(x)}
 
-    def _convolution(
+    def convolution(
         self, name: str, inputs: int, filters: int, kernel: int = 3, scaled: bool = False
     ) -> dict[str, Parameter]:
         """The parameters of one convolution and of the norm behind it."""

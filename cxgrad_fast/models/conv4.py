@@ -24,7 +24,7 @@ class Conv4(Backbone):
         self.parameters = {}
         channels = model.channels
         for layer in range(DEPTH):
-            self.parameters |= self._convolution(f"features.{layer}", channels, model.filters, scaled=True)
+            self.parameters |= self.convolution(f"features.{layer}", channels, model.filters, scaled=True)
             channels = model.filters
         self.width = channels * model.sizes_by_block()[-1] ** 2
 

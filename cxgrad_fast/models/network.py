@@ -107,7 +107,7 @@ class Network:
         self.statistics: dict[str, LayerStatistics] = {}
         self.counts: dict[str, int] = {}
 
-    def block(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
+    def block(self, name: str, x: Tensor, *, slope: float | None, pool: bool, padded: bool = True) -> Tensor:
         """Convolution ``name``, its norm, 2x2 max-pooling and LeakyReLU.
 
         An odd last row and column are dropped, or with ``pool_ceil`` kept.
@@ -117,14 +117,15 @@ class Network:
             x: ``[T, S, C_in, H, W]``.
             slope: of the LeakyReLU; 0 is ReLU, None is no activation.
             pool: whether it pools.
+            padded: whether the convolution keeps the size of the images.
 
         A convolution's bias cancels in a BatchNorm behind it; it only shifts the means that are collected and given.
         """
         if name in self._film:
             scale, shift = (value[:, None, :, None, None] for value in self._film[name])
-            y = self._convolve(name, x, slope=None, pool=pool) * scale + shift
+            y = self._convolve(name, x, slope=None, pool=pool, padded=padded) * scale + shift
             return y if slope is None else F.leaky_relu(y, slope)
-        return self._convolve(name, x, slope=slope, pool=pool)
+        return self._convolve(name, x, slope=slope, pool=pool, padded=padded)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """``x`` [T, S, D], weight [T, N, D] and bias [T, N] -> [T, S, N]."""
@@ -133,17 +134,23 @@ class Network:
             x = torch.cat([x, self._beside[name][:, None].expand(-1, x.shape[1], -1)], 2)
         return torch.baddbmm(bias[:, None], x, weight.mT)
 
-    def _convolve(self, name: str, x: Tensor, *, slope: float | None, pool: bool) -> Tensor:
+    def own(self, name: str) -> Tensor:
+        """A parameter of the algorithm's own, the same of all tasks."""
+        return self._weights[name]
+
+    def _convolve(self, name: str, x: Tensor, *, slope: float | None, pool: bool, padded: bool) -> Tensor:
         model, weights = self._model, self._weights
-        if pool and model.pool_ceil and (x.shape[3] % 2 or x.shape[4] % 2):  # pool and activation may change places
-            y = self._convolve(name, x, slope=slope, pool=False)
+        lost = 0 if padded else weights[f"{name}.weight"].shape[3] - 1
+        height, width = x.shape[3] - lost, x.shape[4] - lost
+        if pool and model.pool_ceil and (height % 2 or width % 2):  # pool and activation may change places
+            y = self._convolve(name, x, slope=slope, pool=False, padded=padded)
             return F.max_pool2d(y.flatten(0, 1), 2, ceil_mode=True).unflatten(0, y.shape[:2])
         bias = weights.get(f"{name}.bias")
         operands = (weights[f"{name}.weight"], weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
         eps = self._eps.get(name, model.norm_eps)
         if model.norm != "batch":
             groups = model.norm_groups if model.norm == "group" else 1
-            return conv_block(x, *operands, eps, slope=slope, pool=pool, norm="group", groups=groups)
+            return conv_block(x, *operands, eps, slope=slope, pool=pool, norm="group", groups=groups, padded=padded)
         given = None if self._given is None else self._given[name]
         if given is not None and bias is not None:
             given = (given[0] - bias, given[1])
@@ -155,9 +162,10 @@ class Network:
             pool=pool,
             patch_statistics=self._patches.get(name),
             statistics=given,
+            padded=padded,
             return_statistics=True,
         )
         if self._collect:
             self.statistics[name] = (mean if bias is None else mean + bias, variance)
-            self.counts[name] = x.shape[1] * x.shape[3] * x.shape[4]
+            self.counts[name] = x.shape[1] * height * width
         return y

@@ -26,8 +26,8 @@ class ResNet12(Backbone):
         for block, filters in enumerate(model.filters_by_block):
             for index in range(CONVOLUTIONS):
                 inputs = channels if index == 0 else filters
-                self.parameters |= self._convolution(f"features.{block}.{index}", inputs, filters, scaled=True)
-            self.parameters |= self._convolution(f"features.{block}.shortcut", channels, filters, kernel=1)
+                self.parameters |= self.convolution(f"features.{block}.{index}", inputs, filters, scaled=True)
+            self.parameters |= self.convolution(f"features.{block}.shortcut", channels, filters, kernel=1)
             channels = filters
         self.width = channels
 

@@ -16,10 +16,12 @@ from cxgrad_fast.reference.cxgrad import cxgrad
 from cxgrad_fast.reference.l2f import l2f
 from cxgrad_fast.reference.maml import maml
 from cxgrad_fast.reference.mamlpp import mamlpp, step_weights
+from cxgrad_fast.reference.matchingnet import matchingnet
 from cxgrad_fast.reference.metasgd import metasgd
 from cxgrad_fast.reference.modgrad import modgrad
 from cxgrad_fast.reference.protomaml import protomaml
 from cxgrad_fast.reference.protonet import protonet
+from cxgrad_fast.reference.relationnet import relationnet
 from cxgrad_fast.reference.reptile import meta_loss as reptile_loss
 from cxgrad_fast.reference.tasks import Episodes, Rule, over_tasks
 
@@ -35,13 +37,15 @@ _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "l2f": (l2f, ("steps", "learning_rate", "embedding_in_graph")),
     "maml": (maml, ("steps", "learning_rate")),
     "mamlpp": (mamlpp, ("steps",)),
+    "matchingnet": (matchingnet, ("joint", "full_context", "attention")),
     "metasgd": (metasgd, ("steps",)),
     "modgrad": (modgrad, ("learning_rate", "context_dim", "mixtures")),
     "protomaml": (protomaml, ("steps", "learning_rate")),
     "protonet": (protonet, ("joint", "distance")),
+    "relationnet": (relationnet, ("joint", "shots_rule", "relation_padding")),
 }
 ALGORITHMS = tuple(_RULES)  # those whose meta-loss it has
-_WITHOUT_INNER_LOOP: tuple[Rule, ...] = (protonet,)
+_WITHOUT_INNER_LOOP: tuple[Rule, ...] = (matchingnet, protonet, relationnet)
 _CONVOLUTIONS = 4  # of Conv-4
 _SHAPE = ("backbone", "pool_last", "pool_padding", "pool_ceil", "channels_last")
 
@@ -134,6 +138,8 @@ def _of_config(config: Any, iteration: int | None) -> tuple[Rule, dict[str, Any]
         settings["ways"] = config.task.of_training().ways
     if rule not in _WITHOUT_INNER_LOOP:
         settings["second_order"] = inner.order == 2 and (iteration is None or iteration >= inner.first_order_iterations)
+    if rule is relationnet:  # a network of its own
+        return rule, settings | {"loss_type": inner.loss}
     if rule is cavia:  # a network of its own
         modulated = {layer % _CONVOLUTIONS for layer in inner.layers}
         context_in = [*(block in modulated for block in range(_CONVOLUTIONS)), inner.context_at_head]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -16,6 +17,7 @@ _IMPLEMENTATIONS = {
     "cpp": cpp.block,
     "triton": backends.lazy("cxgrad_fast.kernels.conv_block.triton", "block"),
 }
+_valid = partial(reference.conv_block, padded=False)
 
 
 @overload
@@ -32,6 +34,7 @@ def conv_block(
     norm: str = "batch",
     groups: int = 1,
     statistics: tuple[Tensor, Tensor] | None = None,
+    padded: bool = True,
     return_statistics: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -50,6 +53,7 @@ def conv_block(
     norm: str = "batch",
     groups: int = 1,
     statistics: tuple[Tensor, Tensor] | None = None,
+    padded: bool = True,
     return_statistics: Literal[True],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
@@ -67,9 +71,10 @@ def conv_block(
     norm: str = "batch",
     groups: int = 1,
     statistics: tuple[Tensor, Tensor] | None = None,
+    padded: bool = True,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Convolution (stride 1, same padding, no bias) -> norm -> LeakyReLU -> 2x2 max-pool (MATH.md 1).
+    """Convolution (stride 1, no bias) -> norm -> LeakyReLU -> 2x2 max-pool (MATH.md 1).
 
     Args:
         x: ``[T, S, Cin, H, W]``, the images of each task. T may be 0, no other size.
@@ -85,11 +90,13 @@ def conv_block(
             (channels of a group, H, W) of each image.
         groups: of ``norm="group"``; 1 is LayerNorm over (C, H, W) with an affine part a channel.
         statistics: ``(mean, variance)``, each ``[T or 1, Cout]``, to normalise with instead of the batch's own.
+        padded: whether the convolution pads, so that its output has the size of its input; without it (a valid
+            convolution) all backends compute by the definition, in plain operations.
         return_statistics: also return ``(mean, variance)``, ``[T, Cout]``, that were used, without their gradients
             (batch norm only).
 
     Returns:
-        ``[T, S, Cout, H // 2, W // 2]``, or ``[T, S, Cout, H, W]`` without pool.
+        ``[T, S, Cout, H // 2, W // 2]``, or ``[T, S, Cout, H, W]`` without pool; H and W less k - 1 without padding.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit together (name, expected, got).
@@ -119,7 +126,9 @@ def conv_block(
         raise ValueError("statistics belong to norm='batch': a group norm takes its own from each image")
     if patch_statistics is not None:
         _check_first_layer(x, size, pool, norm, patch_statistics, statistics)
-    y, mean, variance = _IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, x)](
+    if not padded:
+        _check_valid(x, size, pool, patch_statistics)
+    y, mean, variance = (_IMPLEMENTATIONS[backends.choose(_IMPLEMENTATIONS, x)] if padded else _valid)(
         x,
         weight,
         scale,
@@ -133,6 +142,14 @@ def conv_block(
         statistics=statistics,
     )
     return (y, (mean.detach(), variance.detach())) if return_statistics else y
+
+
+def _check_valid(x: Tensor, size: int, pool: bool, patches: tuple[Tensor, Tensor] | None) -> None:
+    if patches is not None:
+        raise ValueError("patch_statistics needs padding")
+    least = size + pool
+    if min(x.shape[3:]) < least:
+        raise ValueError(f"x must have H and W of at least {least} without padding, got {list(x.shape)}")
 
 
 def _check_first_layer(

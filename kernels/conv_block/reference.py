@@ -28,29 +28,30 @@ def conv_block(
     norm: str,
     groups: int,
     statistics: tuple[Tensor, Tensor] | None,
+    padded: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and mean and variance ``[T, C]`` used; see :func:`cxgrad_fast.kernels.conv_block`.
 
     With ``norm="group"`` mean and variance are those of each image and group, ``[T, S, groups]``.
     """
     if not len(x):
-        return _no_tasks(x, weight, scale, bias, eps, pool)
+        return _no_tasks(x, weight, scale, bias, eps, pool, padded)
     if patch_statistics is not None:
         z, mean, variance = _first_layer(x, weight, scale, bias, _column(eps), *patch_statistics)
     elif norm == "group":
-        z, mean, variance = _group_norm(_convolve(x, weight), scale, bias, _column(eps), groups)
+        z, mean, variance = _group_norm(_convolve(x, weight, padded=padded), scale, bias, _column(eps), groups)
     else:
-        z, mean, variance = _batch_norm(_convolve(x, weight), scale, bias, _column(eps), statistics)
+        z, mean, variance = _batch_norm(_convolve(x, weight, padded=padded), scale, bias, _column(eps), statistics)
     return _activate(z, slope, pool).transpose(0, 1), mean, variance
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, padded: bool = True) -> Tensor:
     """``x`` [T, S, Cin, H, W], ``weight`` [T, Cout, Cin, k, k], ``bias`` [T, Cout] -> [S, T, Cout, H, W]."""
     y = F.conv2d(
         x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last),
         weight.flatten(0, 1),
         None if bias is None else bias.flatten(),
-        padding=weight.shape[3] // 2,
+        padding=weight.shape[3] // 2 if padded else 0,
         groups=len(x),
     )
     return y.unflatten(1, (len(x), -1))
@@ -117,13 +118,15 @@ def _activate(z: Tensor, slope: float | None, pool: bool) -> Tensor:
 
 
 def _no_tasks(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, pool: bool
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, eps: Tensor | float, pool: bool, padded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The empty output of no task; the framework has no convolution of no group.
 
     A product of sums of nothing: a function of all inputs, and so is its gradient in each of them.
     """
     (_, images, _, height, width), out = x.shape, weight.shape[1]
+    if not padded:
+        height, width = height - weight.shape[3] + 1, width - weight.shape[3] + 1
     nothing = x.sum() * weight.sum() * scale.expand(0, out).sum() * bias.expand(0, out).sum()
     nothing = nothing * eps.sum() if isinstance(eps, Tensor) else nothing
     size = (height // 2, width // 2) if pool else (height, width)
