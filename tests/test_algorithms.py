@@ -268,6 +268,8 @@ def check_two_ranks() -> None:
                 for learner in (many, one)
             ]
             assert relative_error(*moments) < 1e-12, variant
+            for layer, pair in one.running_statistics.items():
+                assert relative_error(torch.stack(many.running_statistics[layer]), torch.stack(pair)) < 1e-12, variant
 
 
 def test_two_ranks_give_one_process_s_gradients(tmp_path: Path) -> None:

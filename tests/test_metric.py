@@ -15,6 +15,7 @@ from test_pool import numbered_pool
 
 from cxgrad_fast import Config, EpisodeSampler, InputError, Learner, reference
 from cxgrad_fast.config import ALGORITHMS as CONFIGS
+from cxgrad_fast.engine import prediction, static
 
 METRIC = pytest.mark.parametrize("variant", [name for name in VARIANTS if is_metric(name)])
 
@@ -113,6 +114,20 @@ def test_the_momentum_is_a_setting(variant: str, momentum: float) -> None:
         learner.load_state_dict(learner.state_dict() | {"parameters": state})
     kept = (1 - momentum) ** (1 if config.inner.joint else 2)
     torch.testing.assert_close(seen[1], seen[0] * (1 + kept), rtol=1e-10, atol=1e-12)
+
+
+@METRIC
+def test_compiled_answers_under_running_statistics_have_the_eager_bits(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static, "_TRIALS", 0)
+    monkeypatch.setattr(prediction, "PATIENCE", 0)
+    plain, compiled = spread(tiny(variant)), Learner(tiny(variant, run__compile=True))
+    plain.meta_step(random_episodes(plain.config))
+    compiled.load_state_dict(plain.state_dict())
+    for seed in (1, 2):
+        episodes = random_episodes(plain.config, seed=seed)
+        assert torch.equal(compiled.predict(episodes, "running"), plain.predict(episodes, "running"))
 
 
 # --- released checkpoints ---

@@ -405,6 +405,10 @@ class TestUnits:
             drawn, (images - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1), atol=1e-6, rtol=0
         )
 
+    def test_normalised_as_relationnet_does(self) -> None:
+        drawn, images = self.episode(data__normalize="relationnet")
+        torch.testing.assert_close(drawn, (images - 0.92206) / 0.08426, atol=1e-12, rtol=1e-12)
+
     def test_one_channel_is_the_mean_of_three(self) -> None:
         drawn, images = self.episode(model__channels=1)
         assert torch.equal(drawn, images.mean(1, keepdim=True))
