@@ -57,7 +57,7 @@ from cxgrad_fast.config import PRESETS
 from cxgrad_fast.printable import shown
 
 DEFAULT = "released-mini-5w1s"
-QUICK = {"model.filters": 4, "model.image_size": 20, "task.queries": 3, "inner.steps": 2, "inner.context_dim": 8}
+QUICK = {"model.filters": 4, "task.queries": 3, "inner.steps": 2, "inner.context_dim": 8}
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,9 @@ def _configs(options: argparse.Namespace, settings: dict[str, object]) -> list[C
         config = build_config(name, None, asked)
         if options.quick:  # those words that the algorithm has
             known = config.flat()
-            config = build_config(name, None, {word: QUICK[word] for word in QUICK if word in known} | asked)
+            quick = {word: QUICK[word] for word in QUICK if word in known}
+            quick["model.image_size"] = max(20, config.inner.least_size(config.model))
+            config = build_config(name, None, quick | asked)
         configs.append(config)
     for config in configs:
         if config.run.precision not in TOLERANCE:
