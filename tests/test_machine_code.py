@@ -43,7 +43,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
     """As the operators launch: settings asked, an output made, a grid."""
     out = torch.empty_like(x)
     settings = launch.settings("double", {"BLOCK": 512, "num_warps": 4}, count=x.numel())
-    _double[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, out, x.numel(), **settings)
+    _double[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, out, x.numel(), **settings, **launch.FUSED)
     return out
 
 
@@ -53,7 +53,7 @@ def meta(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("architecture", "own", "other"), [("sm_90", "HGMMA", "HMMA"), ("sm_80", "HMMA", "HGMMA")])
 def test_tensor_cores(architecture: str, own: str, other: str) -> None:
-    options = {"architecture": architecture, "num_stages": 3}
+    options = {"architecture": architecture, "num_stages": 3, **launch.FUSED}
     code = machine_code.compile(_product, meta(4), meta(4), meta(4), 9, SIZE=64, PRECISION="tf32", **options)
     assert (code.kernel, code.architecture, code.num_warps) == ("_product", architecture, 4)
     assert code.count(own)
@@ -70,7 +70,7 @@ def test_tensor_cores(architecture: str, own: str, other: str) -> None:
 
 
 def test_spills_are_seen() -> None:
-    given = {"SIZE": 64, "PRECISION": "ieee", "architecture": "sm_80", "maxnreg": 32}
+    given = {"SIZE": 64, "PRECISION": "ieee", "architecture": "sm_80", "maxnreg": 32, **launch.FUSED}
     code = machine_code.compile(_product, meta(4), meta(4), meta(4), 9, **given)
     assert code.registers <= 32
     assert code.spills > 100
@@ -79,7 +79,7 @@ def test_spills_are_seen() -> None:
 
 def test_arguments_are_specialised_as_by_a_launch() -> None:
     def loads(x: torch.Tensor, count: int) -> tuple[int, int]:
-        code = machine_code.compile(_double, x, meta(4), count, BLOCK=512, architecture="sm_90")
+        code = machine_code.compile(_double, x, meta(4), count, BLOCK=512, architecture="sm_90", **launch.FUSED)
         return code.count("LDG"), code.count("LDG.E.128")
 
     whole = torch.empty(4096)
@@ -91,7 +91,7 @@ def test_arguments_are_specialised_as_by_a_launch() -> None:
 
 def test_the_same_again_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile() -> Any:
-        return machine_code.compile(_double, meta(4), meta(4), 4096, BLOCK=512, architecture="sm_90")
+        return machine_code.compile(_double, meta(4), meta(4), 4096, BLOCK=512, architecture="sm_90", **launch.FUSED)
 
     first = compile()
     monkeypatch.setattr(triton, "compile", None)

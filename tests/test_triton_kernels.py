@@ -47,6 +47,11 @@ def test_weights_are_one_launch(rows: dict[str, list[triton_kernels.Row]]) -> No
     assert [len(rows[f"weights, {what}"]) for what in ("scaled", "first", "second")] == [1, 1, 1]
 
 
+def test_every_launch_fuses_products_and_sums(rows: dict[str, list[triton_kernels.Row]]) -> None:
+    """Which Triton's default does not say from 3.10 on."""
+    assert all(row.launch.options["enable_fp_fusion"] for found in rows.values() for row in found)
+
+
 def test_other_backbones_are_refused() -> None:
     with pytest.raises(InputError, match="goes through conv4's blocks"):
         next(triton_kernels.rows(preset("glyphs-5w1s", {"model.backbone": "resnet12"}), 1, "sm_90", "float32"))

@@ -154,7 +154,20 @@ def gradient_of_y(
     dy, count = empty_images(y, channels, height, width), images * height * width
     settings = block_sizes("conv_block_gradient", 2048, 8, count=count, channels=channels)
     _gradient[(launch.divide(count, settings["BLOCK_P"]), launch.divide(channels, settings["BLOCK_C"]), tasks)](
-        q, y, corners, more, table, dy, count, H=height, W=width, C=channels, SLOPE=slope, POOL=pool, **settings
+        q,
+        y,
+        corners,
+        more,
+        table,
+        dy,
+        count,
+        H=height,
+        W=width,
+        C=channels,
+        SLOPE=slope,
+        POOL=pool,
+        **settings,
+        **launch.FUSED,
     )
     return dy
 
@@ -212,6 +225,7 @@ def backward(
         SLOPE=slope,
         POOL=pool,
         **settings,
+        **launch.FUSED,
     )
     dscale, dbias, deps = x.new_empty((tasks, channels)), x.new_empty((tasks, channels)), x.new_empty(tasks)
     table = x.new_empty((tasks, TABLE_ROWS.value, channels), dtype=kind)
@@ -228,6 +242,7 @@ def backward(
         blocks,
         C=channels,
         **merge_blocks(channels),
+        **launch.FUSED,
     )
     dx, dweight = x.new_empty(0), x.new_empty(0)
     if need_x or need_weight:

@@ -187,6 +187,7 @@ def pack(weight: Tensor, transposed: bool, *, precision: str) -> Tensor:
         PRODUCTS=how,
         BLOCK=block,
         num_warps=4,
+        **launch.FUSED,
     )
     return packed
 
@@ -199,19 +200,25 @@ def _block_of_channels(channels: int) -> int:
     return min(64, max(16, triton.next_power_of_2(channels)))
 
 
-def _convolve_settings(how: str, count: int, inputs: int, outputs: int, kernel: int, reductions: str) -> dict[str, int]:
+def _convolve_settings(
+    how: str, count: int, inputs: int, outputs: int, kernel: int, reductions: str, pool: bool
+) -> dict[str, int]:
     """Blocks for images of ``count`` positions a task, whatever the number of tasks: their bits do not depend on it.
 
     128 positions by 64 channels on 8 warps of 128 registers: two such blocks run on a multiprocessor and hide each
     other's waiting. Small images take blocks of half the size, for there to be enough of them, and three of those. So
-    do channels that are loaded one by one, with the sums of a second derivative: they need more registers.
+    does what needs more registers: on sm_80 channels that are loaded one by one, and half as many positions again with
+    the sums of a second derivative; elsewhere those sums without pooling, or of such channels.
     ``SPLITS`` parts of the sum are programs of their own.
     """
     settings = {"BLOCK_M": 128, "BLOCK_N": _block_of_channels(outputs), "num_warps": 8, "num_stages": 3}
     settings["BLOCK_K"] = {"ieee": 16, "bfloat16": 64}.get(how, 32)
+    one_by_one, second, older = inputs % 8 != 0, reductions == "second", launch.architecture() == "sm_80"
     if how == "ieee":
         settings |= {"BLOCK_M": 64, "BLOCK_N": min(32, settings["BLOCK_N"]), "num_warps": 4}
-    elif count < _FEW or (inputs % 8 and reductions == "second"):
+    elif one_by_one and older:
+        settings |= {"BLOCK_M": 32 if second else 64, "num_warps": 4}
+    elif count < _FEW or (second and not older and (one_by_one or not pool)):
         settings |= {"BLOCK_M": 64, "num_warps": 4}
     if how != "ieee":
         settings["maxnreg"] = 128 if settings["num_warps"] == 8 else 168
@@ -399,8 +406,10 @@ def convolve(
     outputs, padded = packed.shape[2:]
     count = images * height * width
     how = products(x.dtype, precision)
-    settings = _convolve_settings(how, count, inputs, outputs, kernel, reductions)
-    out, splits = empty_images(x, outputs, height, width), settings["SPLITS"]
+    out = empty_images(x, outputs, height, width)
+    seen = context or Context(out, out, out, out, 1.0, False)
+    settings = _convolve_settings(how, count, inputs, outputs, kernel, reductions, seen.pool)
+    splits = settings["SPLITS"]
     blocks = launch.divide(count, settings["BLOCK_M"])
     to, partials = out, None
     if splits > 1:
@@ -409,7 +418,6 @@ def convolve(
         partials = partial_sums(out, blocks, reductions)
     x2, packed2 = second or (x, packed)
     sources = 1 if second is None else 2
-    seen = context or Context(out, out, out, out, 1.0, False)
     _convolve[(blocks * launch.divide(outputs, settings["BLOCK_N"]), tasks, splits)](
         x,
         packed,
@@ -435,10 +443,13 @@ def convolve(
         SLOPE=seen.slope,
         POOL=seen.pool,
         **settings,
+        **launch.FUSED,
     )
     if splits > 1:
         size, block = count * outputs, 1024
-        _add_parts[(launch.divide(size, block), tasks)](to, out, size, SPLITS=splits, BLOCK=block, num_warps=4)
+        _add_parts[(launch.divide(size, block), tasks)](
+            to, out, size, SPLITS=splits, BLOCK=block, num_warps=4, **launch.FUSED
+        )
         return out, sums_of(out, reductions, context) if reductions else None
     return out, None if partials is None else Partials(partials, settings["BLOCK_M"])
 
@@ -540,10 +551,11 @@ def weight_gradient(x: Tensor, dy: Tensor, kernel: int, *, precision: str) -> Te
         KERNEL=kernel,
         PRODUCTS=how,
         **settings,
+        **launch.FUSED,
     )
     out = x.new_empty((tasks, outputs, inputs, kernel, kernel))
     block = 512
     _merge_weight_gradient[(launch.divide(taps * outputs, block), tasks)](
-        partials, out, spans, CIN=inputs, COUT=outputs, AREA=kernel * kernel, BLOCK=block, num_warps=4
+        partials, out, spans, CIN=inputs, COUT=outputs, AREA=kernel * kernel, BLOCK=block, num_warps=4, **launch.FUSED
     )
     return out

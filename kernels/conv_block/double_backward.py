@@ -179,6 +179,7 @@ def gradients(
         SLOPE=slope,
         POOL=pool,
         **settings,
+        **launch.FUSED,
     )
     return q_gradient, y_gradient, dy
 
@@ -240,6 +241,7 @@ def double_backward(
         0 if partials is None else partials.values.shape[1],
         C=channels,
         **merge_blocks(channels),
+        **launch.FUSED,
     )
 
     want_x, want_weight = need_x and on_weight is not None, need_weight and on_x is not None

@@ -336,7 +336,7 @@ def forward(
     sizes = {"CIN": inputs, "COUT": outputs, "KP": padded}
     patches, affine = (patch_mean.contiguous(), patch_covariance.contiguous()), (scale, bias, eps)
     _moments[(launch.divide(outputs, 16), tasks)](
-        _filters(weight), *patches, *affine, moments, table, **sizes, BLOCK_C=16, num_warps=4
+        _filters(weight), *patches, *affine, moments, table, **sizes, BLOCK_C=16, num_warps=4, **launch.FUSED
     )
     size = height // 2, width // 2
     out, selected = (empty_images(x, outputs, *size) for _ in range(2))
@@ -346,7 +346,9 @@ def forward(
     settings = _settings("first_layer_forward", how, count, inputs, outputs)
     grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
     layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-    _forward[grid](x, weight, table, out, selected, corners, count, *x.stride()[:2], **layer, **settings)
+    _forward[grid](
+        x, weight, table, out, selected, corners, count, *x.stride()[:2], **layer, **settings, **launch.FUSED
+    )
     return out, x.new_empty(0), selected, corners, moments
 
 
@@ -612,7 +614,19 @@ def backward(
     saved = (channels_last(selected), channels_last(corners))
     grid = (parts, launch.divide(outputs, settings["BLOCK_C"]), tasks)
     layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-    _reduce[grid](channels_last(q), x, *saved, sums, sparse_parts, count, span, *x.stride()[:2], **layer, **settings)
+    _reduce[grid](
+        channels_last(q),
+        x,
+        *saved,
+        sums,
+        sparse_parts,
+        count,
+        span,
+        *x.stride()[:2],
+        **layer,
+        **settings,
+        **launch.FUSED,
+    )
     dscale, dbias, deps = x.new_empty((tasks, outputs)), x.new_empty((tasks, outputs)), x.new_empty(tasks)
     _finish[(1 + (launch.divide(outputs, 4) if need_weight else 0), tasks)](
         sums,
@@ -634,6 +648,7 @@ def backward(
         BLOCK_C=_channels(outputs),
         BLOCK_N=4,
         num_warps=4,
+        **launch.FUSED,
     )
     return x.new_empty(0), dweight, dscale, dbias, deps, sparse
 
@@ -848,6 +863,7 @@ def double_backward(
         **sizes,
         BLOCK_C=16,
         num_warps=8,
+        **launch.FUSED,
     )
     q_gradient = empty_images(q, *q.shape[2:])
     count = images * (height // 2) * (width // 2)
@@ -856,7 +872,7 @@ def double_backward(
     chosen = (channels_last(selected), channels_last(corners))
     grid = (launch.divide(count, settings["BLOCK_P"]), launch.divide(outputs, settings["BLOCK_C"]), tasks)
     layer = {**_strides(x), "H": height, "W": width, "SLOPE": slope, "PRODUCTS": how, **sizes}
-    _second[grid](x, on_weight, *chosen, table, q_gradient, count, *x.stride()[:2], **layer, **settings)
+    _second[grid](x, on_weight, *chosen, table, q_gradient, count, *x.stride()[:2], **layer, **settings, **launch.FUSED)
     if weight_gradient is None:
         weight_gradient = x.new_empty(0)
     return q_gradient, x.new_empty(0), weight_gradient, scale_gradient, eps_gradient, x.new_empty(0)

@@ -59,7 +59,9 @@ def channel_table(moments: Tensor, scale: Tensor, bias: Tensor, eps: Tensor) -> 
     tasks, _, channels = moments.shape
     table = scale.new_empty((tasks, TABLE_ROWS.value, channels), dtype=table_type(scale.dtype))
     affine = scale.contiguous(), bias.contiguous(), eps.contiguous()
-    _channel_table[(launch.divide(channels, 64), tasks)](moments, *affine, table, C=channels, BLOCK=64, num_warps=2)
+    _channel_table[(launch.divide(channels, 64), tasks)](
+        moments, *affine, table, C=channels, BLOCK=64, num_warps=2, **launch.FUSED
+    )
     return table
 
 
@@ -125,6 +127,7 @@ def merged_moments(y: Tensor, partials: Partials, scale: Tensor, bias: Tensor, e
         BLOCK_B=128,
         BLOCK_C=16,
         num_warps=4,
+        **launch.FUSED,
     )
     return moments, table
 
@@ -206,6 +209,7 @@ def activated(y: Tensor, table: Tensor, slope: float, pool: bool) -> tuple[Tenso
         SLOPE=slope,
         POOL=pool,
         **settings,
+        **launch.FUSED,
     )
     return out, selected, corners
 

@@ -208,7 +208,7 @@ def sums_of(y: Tensor, reductions: str, context: Context | None = None) -> Parti
     grid = blocks, launch.divide(channels, settings["BLOCK_C"]), tasks
     partials = partial_sums(y, blocks, reductions)
     if reductions == "moments":
-        _moments[grid](y, partials, count, C=channels, **settings)
+        _moments[grid](y, partials, count, C=channels, **settings, **launch.FUSED)
     else:
         assert context is not None
         _second[grid](
@@ -225,5 +225,6 @@ def sums_of(y: Tensor, reductions: str, context: Context | None = None) -> Parti
             SLOPE=context.slope,
             POOL=context.pool,
             **settings,
+            **launch.FUSED,
         )
     return Partials(partials, settings["BLOCK_P"])

@@ -176,10 +176,10 @@ def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     parts, blocks = launch.divide(count, span), launch.divide(size, settings["BLOCK_K"])
     partials = x.new_empty((tasks, parts, size, size), dtype=torch.float64)
     _products[(blocks * blocks, parts, tasks)](
-        x, shift, partials, count, span, *x.stride(), H=height, W=width, C=channels, **settings
+        x, shift, partials, count, span, *x.stride(), H=height, W=width, C=channels, **settings, **launch.FUSED
     )
     _merge[(launch.divide(length * length, 32), tasks)](
-        partials, shift, mean, covariance, count, parts, C=channels, BLOCK_B=32, BLOCK_N=32, num_warps=8
+        partials, shift, mean, covariance, count, parts, C=channels, BLOCK_B=32, BLOCK_N=32, num_warps=8, **launch.FUSED
     )
     return mean, covariance
 

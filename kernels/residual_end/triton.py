@@ -170,7 +170,7 @@ def _forward_of(x: Tensor, shortcut: Tensor, slope: float, pool: bool, padding: 
     out = empty_images(x, x.shape[2], *pooled)
     codes = empty_images(x, x.shape[2], *pooled, torch.uint8)
     grid, options = _launched("forward", out, (height, width), slope, pool, padding)
-    _forward[grid](channels_last(x), channels_last(shortcut), out, codes, **options)
+    _forward[grid](channels_last(x), channels_last(shortcut), out, codes, **options, **launch.FUSED)
     return out, codes
 
 
@@ -178,7 +178,7 @@ def _backward_of(q: Tensor, codes: Tensor, height: int, width: int, slope: float
     """The gradient of x, and of shortcut."""
     gradient = empty_images(q, q.shape[2], height, width)
     grid, options = _launched("backward", gradient, (height, width), slope, pool, padding)
-    _backward[grid](channels_last(q), channels_last(codes), gradient, **options)
+    _backward[grid](channels_last(q), channels_last(codes), gradient, **options, **launch.FUSED)
     return gradient
 
 
@@ -187,7 +187,7 @@ def _double_backward_of(cotangent: Tensor, codes: Tensor, slope: float, pool: bo
     height, width = cotangent.shape[3:]
     out = empty_images(cotangent, *codes.shape[2:])
     grid, options = _launched("double_backward", out, (height, width), slope, pool, padding)
-    _double_backward[grid](channels_last(cotangent), channels_last(codes), out, **options)
+    _double_backward[grid](channels_last(cotangent), channels_last(codes), out, **options, **launch.FUSED)
     return out
 
 

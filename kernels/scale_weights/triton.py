@@ -347,7 +347,7 @@ def _launch(
     partials = None
     if summed:
         partials = weights[0].new_empty((tasks, _PRODUCTS[order], sum(blocks)), dtype=torch.float64)
-        _sum_blocks[grid](weights, v, a, partials, **layout, **kind, **settings)
+        _sum_blocks[grid](weights, v, a, partials, **layout, **kind, **settings, **launch.FUSED)
     _combine[grid](
         weights,
         v,
@@ -369,6 +369,7 @@ def _launch(
         **layout,
         **kind,
         **settings,
+        **launch.FUSED,
     )
 
 
