@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,9 @@ def test_adam_says_nothing_of_steps_outside_a_graph(monkeypatch: pytest.MonkeyPa
     for group in learner.optimizer.param_groups:
         group["capturable"] = True
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # torch 2.11 asks the first, 2.15 the second
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False))
     for _ in range(2):
         for parameter in learner.meta_parameters.values():
             parameter.grad = torch.ones_like(parameter)

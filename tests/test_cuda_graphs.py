@@ -108,7 +108,8 @@ class Graph:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def capture_begin(self, pool: tuple[int, int] | None = None, capture_error_mode: str = "global") -> None:
+    def capture_begin(self, pool: tuple[int, int] | None = None, **options: object) -> None:
+        """The options, of which torch 2.15 has more than 2.11, say what is refused in a capture."""
         self._pool = pool or self._device.new_pool()
         self._device.begin_allocate(self._pool)
         self._device.at_begin()

@@ -304,12 +304,14 @@ def _settings(kernel: str, how: str, count: int, inputs: int, outputs: int, redu
     """Blocks of a pass over ``count`` windows a task, whatever the number of tasks: their bits do not depend on it.
 
     64 windows are what Hopper's products take at a time, in a reduction 64 channels; elsewhere half as many fit the
-    registers.
+    registers. A second derivative of 16 channels has room for 64; for 32 Triton 3.6 takes too few registers on sm_80.
     """
     defaults = {"BLOCK_P": 64, "BLOCK_C": _channels(outputs), "num_warps": 4}
     if how == "ieee":
         defaults |= {"BLOCK_P": 16, "BLOCK_C": _channels(outputs, 32)}
-    elif launch.architecture() == "sm_80" or (reduce and defaults["BLOCK_C"] < 64):
+    elif (launch.architecture() == "sm_80" and (kernel, defaults["BLOCK_C"]) != ("first_layer_second", 16)) or (
+        reduce and defaults["BLOCK_C"] < 64
+    ):
         defaults["BLOCK_P"] = 32
     return launch.settings(kernel, defaults, products=how, count=count, inputs=inputs, outputs=outputs)
 
@@ -647,7 +649,7 @@ def backward(
         BLOCK_B=32,
         BLOCK_C=_channels(outputs),
         BLOCK_N=4,
-        num_warps=4,
+        num_warps=8,
         **launch.FUSED,
     )
     return x.new_empty(0), dweight, dscale, dbias, deps, sparse
@@ -793,7 +795,7 @@ def _second(
             BLOCK_P,
         )
         u = tl.zeros((BLOCK_P, BLOCK_C), accumulate)
-        for corner in tl.static_range(4):
+        for corner in tl.range(4, num_stages=1):  # unrolled, several corners' patches take all registers
             patches = _patches(*windows, corner, ROW_STRIDE, COLUMN_STRIDE).to(accumulate)
             of_corner = _product(*_split(patches, PRODUCTS), filters, rest, PRODUCTS)
             u = tl.where(code % 4 == 2 * (corner % 2) + corner // 2, of_corner, u)
