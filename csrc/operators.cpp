@@ -11,11 +11,13 @@
 
 #include "buffers.h"
 #include "conv_block.h"
+#include "gradient_step.h"
 #include "linear_cross_entropy.h"
 #include "patch_statistics.h"
 #include "residual_end.h"
 #include "scaling_factors.h"
 #include "simd.h"
+#include "sums.h"
 #include "tiles.h"
 #include "weights.h"
 
@@ -157,6 +159,48 @@ std::tuple<Tensors, Tensors, at::Tensor> checked_normalize_weights_double_backwa
   check_cotangents("a", a, weights);
   check_numbers("n", n, weights);
   return normalize_weights_double_backward(weights, v, n, a);
+}
+
+// --- gradient_step ---
+
+void check_table(const char* name, const std::optional<Tensor>& numbers, at::TensorList weights, int64_t tasks,
+                 bool of_all) {
+  if (!numbers) return;
+  const int64_t layers = int64_t(weights.size());
+  TORCH_CHECK_VALUE(numbers->dim() == 2 && (numbers->size(0) == tasks || (of_all && numbers->size(0) == 1)) &&
+                        (of_all ? numbers->size(1) == layers : 0 < numbers->size(1) && numbers->size(1) <= layers),
+                    name, " must be [", tasks, of_all ? " or 1, " : ", 1 to ", layers, "], got ", numbers->sizes());
+  check_like(name, *numbers, "weights[0]", weights[0]);
+}
+
+void check_step(at::TensorList weights, at::TensorList gradients, const std::optional<Tensor>& rates,
+                const std::optional<Tensor>& factors, const std::optional<Tensor>& divisors) {
+  const int64_t tasks = weights.empty() || weights[0].dim() == 0 ? 0 : weights[0].size(0);
+  check_weights(weights, tasks);
+  check_cotangents("weights", weights, weights, tasks);
+  check_cotangents("gradients", gradients, weights);
+  check_table("rates", rates, weights, tasks, true);
+  check_table("factors", factors, weights, tasks, false);
+  check_table("divisors", divisors, weights, tasks, false);
+}
+
+Tensors checked_gradient_step(at::TensorList weights, at::TensorList gradients, double rate,
+                              const std::optional<Tensor>& rates, const std::optional<Tensor>& factors,
+                              const std::optional<Tensor>& divisors) {
+  check_step(weights, gradients, rates, factors, divisors);
+  return gradient_step(weights, gradients, rate, rates, factors, divisors);
+}
+
+std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> checked_gradient_step_backward(
+    at::TensorList weights, at::TensorList gradients, double rate, const std::optional<Tensor>& rates,
+    const std::optional<Tensor>& factors, const std::optional<Tensor>& divisors, at::TensorList v,
+    std::array<bool, 5> needs) {
+  check_step(weights, gradients, rates, factors, divisors);
+  check_cotangents("v", v, weights);
+  const bool there[] = {factors.has_value(), true, rates.has_value(), factors.has_value(), divisors.has_value()};
+  for (size_t i = 0; i < needs.size(); ++i)
+    TORCH_CHECK_VALUE(there[i] || !needs[i], "needs must ask only for gradients of what is given, got needs[", i, "]");
+  return gradient_step_backward(weights, gradients, rate, rates, factors, divisors, v, needs);
 }
 
 // --- patch_statistics ---
@@ -477,6 +521,27 @@ auto checked_linear_cross_entropy_double_backward(const OptionalTensor& on_x, co
                                               whole, probabilities, need_x, need_weight);
 }
 
+// --- sums ---
+
+Tensors checked_sums(at::TensorList terms, at::IntArrayRef counts) {
+  TORCH_CHECK_VALUE(!terms.empty(), "terms must hold at least two tensors, got none");
+  check_floating("terms[0]", terms[0]);
+  size_t first = 0;
+  for (const int64_t count : counts) {
+    TORCH_CHECK_VALUE(count >= 2 && first + size_t(count) <= terms.size(), "counts must be of at least 2 and add up to ",
+                      terms.size(), ", the number of terms, got ", counts);
+    for (size_t i = first; i < first + size_t(count); ++i) {
+      check_shape(entry("terms", i), terms[i], terms[first].sizes(), "like its group's first");
+      check_like(entry("terms", i), terms[i], "terms[0]", terms[0]);
+      TORCH_CHECK_VALUE(terms[i].is_contiguous(), entry("terms", i), " must be contiguous");
+    }
+    first += size_t(count);
+  }
+  TORCH_CHECK_VALUE(first == terms.size(), "counts must add up to ", terms.size(), ", the number of terms, got ",
+                    counts);
+  return sums(terms, counts);
+}
+
 std::string instruction_set() {
   const std::string vectors = kVectorBytes == 64 ? "AVX-512" : kVectorBytes == 32 ? "AVX2" : "128-bit vectors";
   return has_tiles() ? vectors + " and AMX" : vectors;
@@ -501,6 +566,13 @@ TORCH_LIBRARY(cxgrad_fast, m) {
       "normalize_weights_double_backward(Tensor[] weights, Tensor[] v, Tensor n, Tensor[] a)"
       " -> (Tensor[], Tensor[], Tensor)");
 
+  m.def(
+      "gradient_step(Tensor[] weights, Tensor[] gradients, float rate, Tensor? rates, Tensor? factors,"
+      " Tensor? divisors) -> Tensor[]");
+  m.def(
+      "gradient_step_backward(Tensor[] weights, Tensor[] gradients, float rate, Tensor? rates, Tensor? factors,"
+      " Tensor? divisors, Tensor[] v, bool[5] needs) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)");
+
   m.def("patch_statistics(Tensor x) -> (Tensor, Tensor)");
 
   m.def(
@@ -522,6 +594,8 @@ TORCH_LIBRARY(cxgrad_fast, m) {
   m.def("conv_block_convolution(Tensor x, Tensor weight, str precision=\"float32\") -> Tensor");
   m.def(
       "conv_block_activation(Tensor y, Tensor scale, Tensor bias, Tensor eps, Tensor moments, float slope) -> Tensor");
+
+  m.def("sums(Tensor[] terms, int[] counts) -> Tensor[]");
 
   m.def("residual_end(Tensor x, Tensor shortcut, float slope, bool pool, int padding) -> (Tensor, Tensor)");
   m.def(
@@ -565,12 +639,15 @@ TORCH_LIBRARY_IMPL(cxgrad_fast, CPU, m) {
   m.impl("normalize_weights", &cxgrad::checked_normalize_weights);
   m.impl("normalize_weights_backward", &cxgrad::checked_normalize_weights_backward);
   m.impl("normalize_weights_double_backward", &cxgrad::checked_normalize_weights_double_backward);
+  m.impl("gradient_step", &cxgrad::checked_gradient_step);
+  m.impl("gradient_step_backward", &cxgrad::checked_gradient_step_backward);
   m.impl("patch_statistics", &cxgrad::checked_patch_statistics);
   m.impl("conv_block", &cxgrad::checked_conv_block);
   m.impl("conv_block_backward", &cxgrad::checked_conv_block_backward);
   m.impl("conv_block_double_backward", &cxgrad::checked_conv_block_double_backward);
   m.impl("conv_block_convolution", &cxgrad::checked_conv_block_convolution);
   m.impl("conv_block_activation", &cxgrad::checked_conv_block_activation);
+  m.impl("sums", &cxgrad::checked_sums);
   m.impl("residual_end", &cxgrad::checked_residual_end);
   m.impl("residual_end_backward", &cxgrad::checked_residual_end_backward);
   m.impl("residual_end_double_backward", &cxgrad::checked_residual_end_double_backward);

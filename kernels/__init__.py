@@ -6,6 +6,7 @@ of times). Which backend computes is decided in :mod:`cxgrad_fast.kernels.backen
 
 from cxgrad_fast.kernels.backends import release_buffers, use_backend, use_precision
 from cxgrad_fast.kernels.conv_block.op import conv_block
+from cxgrad_fast.kernels.gradient_step.op import gradient_step
 from cxgrad_fast.kernels.linear_cross_entropy.op import linear_cross_entropy
 from cxgrad_fast.kernels.normalize_weights.op import normalize_weights
 from cxgrad_fast.kernels.patch_statistics.op import PatchStatistics, patch_statistics
@@ -16,6 +17,7 @@ from cxgrad_fast.kernels.scaling_factors.op import scaling_factors
 __all__ = [
     "PatchStatistics",
     "conv_block",
+    "gradient_step",
     "linear_cross_entropy",
     "normalize_weights",
     "patch_statistics",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cxgrad_fast.kernels import (
     conv_block,
+    gradient_step,
     linear_cross_entropy,
     normalize_weights,
     patch_statistics,
@@ -37,6 +38,12 @@ def call(case: Case, given: Inputs) -> tuple[Tensor, ...]:
         return (residual_end(**arguments),)
     if case.operator == "scaling_factors":
         return tuple(scaling_factors(**arguments))
+    if case.operator == "gradient_step":
+        if case.shared_affine:
+            weights[0] = weights[0].expand(case.tasks, *weights[0].shape[1:])
+        gradients = [tensor for name, tensor in tensors.items() if name.startswith("gradients.")]
+        numbers = {name: arguments[name] for name in ("rates", "factors", "divisors") if name in arguments}
+        return tuple(gradient_step(weights, gradients, **numbers))
     if case.operator == "linear_cross_entropy":
         if case.shared_affine:
             shared = {name: tensors[name] for name in ("weight", "bias")}

@@ -23,6 +23,7 @@ OPERATORS = (
     "residual_end",
     "scaling_factors",
     "linear_cross_entropy",
+    "gradient_step",
 )
 
 
@@ -48,6 +49,8 @@ class Case:
             is constant); smooth (smooth images under high-pass filters: a variance a thousandth of the images'); dead
             (one filter is zero: no variance); zero_context; spread_factors (from 0.05 to 25).
         context, hidden, layers, least: of the scaler: D, H, L, and the least factor.
+        rates: rows of the rates of a gradient step: 0 for a number, 1 for all tasks, 2 for one a task.
+        factors, divisors: columns of them, 0 for none.
         weights: shapes behind the task axis, of the operators on weights; the first tensor is shared by all tasks where
             ``shared_affine``.
     """
@@ -79,6 +82,9 @@ class Case:
     hidden: int = 7
     layers: int = 3
     least: float = 0.0
+    rates: int = 0
+    factors: int = 0
+    divisors: int = 0
     weights: tuple[tuple[int, ...], ...] = ()
 
 
@@ -114,6 +120,8 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, device: torch.device 
         return Inputs(_leaves(tensors), {})
     if case.operator == "scaling_factors":
         return _scaler_inputs(case, draw)
+    if case.operator == "gradient_step":
+        return _gradient_step_inputs(case, draw)
     x = _laid_out(case, _images(case, draw))
     if case.operator == "patch_statistics":
         return Inputs({}, {"x": x})
@@ -204,6 +212,19 @@ def _scaler_inputs(case: Case, draw: _Draw) -> Inputs:
     if case.content == "spread_factors":
         tensors["b2"][0], tensors["b2"][1] = -3, 25
     return Inputs(_leaves(tensors), {"norm_eps": case.eps, "least": case.least})
+
+
+def _gradient_step_inputs(case: Case, draw: _Draw) -> Inputs:
+    tensors = {
+        f"{kind}.{index}": draw(1 if shared and index == 0 else case.tasks, *shape)
+        for kind, shared in (("weights", case.shared_affine), ("gradients", False))
+        for index, shape in enumerate(case.weights)
+    }
+    columns = {"rates": len(case.weights), "factors": case.factors, "divisors": case.divisors}
+    rows = {"rates": 1 if case.rates == 1 else case.tasks, "factors": case.tasks, "divisors": case.tasks}
+    there = {"rates": case.rates, "factors": case.factors, "divisors": case.divisors}
+    tensors |= {name: draw(rows[name], columns[name]).mul_(0.3).exp_() for name, is_there in there.items() if is_there}
+    return Inputs(_leaves(tensors), {} if case.rates else {"rates": 0.1})
 
 
 def _linear_cross_entropy_inputs(case: Case, x: Tensor, draw: _Draw) -> Inputs:
@@ -329,6 +350,29 @@ def _weight_cases(operator: str) -> Iterator[Case]:
     yield Case(operator, "resnet12-64/5w5s", "ResNet-12, twelve layers", large=True, tasks=2, weights=RESNET12)
 
 
+def _gradient_step_cases() -> Iterator[Case]:
+    three, cxgrad = ((4, 3, 3, 3), (5, 4), (7,)), {"factors": 2, "divisors": 2}
+
+    def case(name: str, reason: str, **options: Any) -> Case:
+        return Case("gradient_step", name, reason, **{"weights": three} | options)
+
+    yield case("plain", "one rate for all")
+    yield case("scaled", "CxGrad's: the first tensors have factors and divisors", **cxgrad)
+    yield case("factors", "weight decay: factors without divisors", factors=3, rates=2)
+    yield case("divisors", "of fewer tensors than there are, one rate each for all tasks", divisors=1, rates=1)
+    yield case(
+        "one_task_one_layer", "neither axis may be squeezed", tasks=1, weights=((1, 1, 3, 3),), factors=1, divisors=1
+    )
+    yield case("shared", "the first step: one weight for all tasks, without a copy", shared_affine=True, **cxgrad)
+    yield case("long_rows", "more than one block of a row", weights=((5000,), (3, 1400)), rates=2, **cxgrad)
+    yield case("17_layers", "more than one launch takes", weights=((3,),) * 17, factors=17, divisors=16)
+    yield case("zero_tasks", "an empty shard of a distributed meta-batch", tasks=0, **cxgrad)
+    glyphs = (*((32, 3 if layer == 0 else 32, 3, 3) for layer in range(4)), (5, 32), (5,))
+    yield case("glyphs-32/5w1s", "preset glyphs-5w1s", large=True, weights=glyphs, factors=4, divisors=4)
+    conv4 = (*CONV4, (5, 1200), (5,))
+    yield case("conv4-48/5w1s", "Conv-4, four tasks", large=True, tasks=4, weights=conv4, factors=4, divisors=4)
+
+
 def _patch_statistics_cases() -> Iterator[Case]:
     def case(name: str, reason: str, **options: Any) -> Case:
         return Case("patch_statistics", name, reason, **options)
@@ -434,4 +478,5 @@ CASES: tuple[Case, ...] = (
     *_residual_end_cases(),
     *_scaler_cases(),
     *_linear_cross_entropy_cases(),
+    *_gradient_step_cases(),
 )

@@ -192,7 +192,7 @@ def test_public_names() -> None:
     assert set(cxgrad_fast.kernels.__all__) == {
         "PatchStatistics", "conv_block", "normalize_weights", "patch_statistics", "release_buffers",
         "residual_end", "scale_weights", "scaling_factors", "use_backend", "use_precision",
-        "linear_cross_entropy",
+        "linear_cross_entropy", "gradient_step",
     }  # fmt: skip
     for module in (cxgrad_fast, cxgrad_fast.kernels):
         for name in module.__all__:

@@ -1,4 +1,4 @@
-"""scale_weights and normalize_weights in Triton: their numbers in the interpreter and on CUDA, their machine code."""
+"""The operators on weights in Triton: their numbers in the interpreter and on CUDA, their machine code."""
 
 from __future__ import annotations
 
@@ -61,6 +61,25 @@ def test_on_cuda(name: str) -> None:
 
 
 # --- machine code ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+def test_machine_code_of_a_step(architecture: str) -> None:
+    """One launch forward and two backward, without spills."""
+    from cxgrad_fast.kernels import machine_code
+    from cxgrad_fast.kernels.gradient_step.triton import chain
+
+    weights = [torch.empty((2, *shape), device="meta") for shape in (*CONV4, (5, 1200), (5,))]
+    table = torch.empty((2, len(CONV4)), device="meta")
+    with machine_code.recording(architecture) as found:
+        chain.forward(weights, weights, 0.01, None, table, table)
+        chain.backward(weights, weights, 0.01, None, table, table, weights, (True, True, False, True, True))
+    assert [launch.name for launch in found] == ["_step", "_step", "_numbers"]
+    for launch in found:
+        code = launch.compile()
+        assert code.spills == 0, code
+        assert code.programs_per_sm >= 4, code
 
 
 def launches(architecture: str, shapes: tuple[tuple[int, ...], ...], tasks: int, shared: bool) -> list[Any]:

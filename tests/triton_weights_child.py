@@ -1,4 +1,4 @@
-"""What tests/test_weights_triton.py asks of scale_weights and normalize_weights, on CUDA or in the interpreter.
+"""What tests/test_weights_triton.py asks of the operators on weights, on CUDA or in the interpreter.
 
 As a program (with TRITON_INTERPRET=1) it prints one JSON object: for each of ``CHECKS`` what it found, by case.
 """
@@ -40,9 +40,10 @@ COMBINED = [
     *(replace(case, name=key) for key, case in SHAPES.items()),
     *(replace(SHAPES[key], operator="normalize_weights", name=key) for key in NORMALIZED),
 ]
-BY_NAME = {f"{case.operator}-{case.name}": case for case in (*SMALL, *COMBINED)}
-ROUNDED = ("scale_weights-two_layers", "normalize_weights-summed_blocks")
-CHANGED = ("scale_weights-spans", "scale_weights-summed_blocks")
+STEPS = [case for case in CASES if case.operator == "gradient_step" and not case.large]
+BY_NAME = {f"{case.operator}-{case.name}": case for case in (*SMALL, *COMBINED, *STEPS)}
+ROUNDED = ("scale_weights-two_layers", "normalize_weights-summed_blocks", "gradient_step-scaled")
+CHANGED = ("scale_weights-spans", "scale_weights-summed_blocks", "gradient_step-long_rows")
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def different_bits(case: Case, device: str = "cpu") -> list[str]:
         return tensor.detach()[-1:].clone().requires_grad_()
 
     given = on(inputs(case, torch.float32), device)
-    alone = Inputs({name: last(tensor) for name, tensor in given.tensors.items()}, {})
+    alone = Inputs({name: last(tensor) for name, tensor in given.tensors.items()}, given.constants)
     runs = []
     with in_triton(case):
         for arguments in (given, given, alone):

@@ -31,8 +31,8 @@ from torch import Tensor
 from cxgrad_fast.kernels import cases, launch
 from cxgrad_fast.kernels.scale_weights import reference
 from cxgrad_fast.kernels.scale_weights.chain import Chain
+from cxgrad_fast.kernels.triton_rows import LAYERS_AT_ONCE, choose, layer_of, load
 
-_LAYERS = 16  # of one launch
 _SHORT = 40960  # entries of a row that every program of it may sum
 _PROGRAMS = 128  # as many as run at once on a large device
 _ORDERS = ("value", "backward", "double_backward")
@@ -43,37 +43,15 @@ _PRODUCTS = (1, 2, 4)  # inner products of each order
 
 
 @triton.jit
-def _choose(items, layer, LAYERS: tl.constexpr):
-    """The layer's of a tuple, which only constants can index."""
-    chosen = items[0]
-    for other in tl.static_range(1, LAYERS):
-        chosen = tl.where(layer == other, items[other], chosen)
-    return chosen
-
-
-@triton.jit
-def _layer_of(program, STARTS: tl.constexpr, LAYERS: tl.constexpr):
-    layer = 0
-    for other in tl.static_range(1, LAYERS):
-        layer += (program >= STARTS[other]).to(tl.int32)
-    return layer
-
-
-@triton.jit
-def _load(row, at, size, PRECISION: tl.constexpr):
-    return tl.load(row + at, mask=at < size, other=0.0).to(PRECISION)
-
-
-@triton.jit
 def _add_products(w, v, a, at, size, ww, wv, wa, av, ORDER: tl.constexpr):
     """The entries' products, added to those of other blocks."""
-    w_there = _load(w, at, size, tl.float64)
+    w_there = load(w, at, size, tl.float64)
     ww += w_there * w_there
     if ORDER > 0:
-        v_there = _load(v, at, size, tl.float64)
+        v_there = load(v, at, size, tl.float64)
         wv += w_there * v_there
         if ORDER > 1:
-            a_there = _load(a, at, size, tl.float64)
+            a_there = load(a, at, size, tl.float64)
             wa += w_there * a_there
             av += a_there * v_there
     return ww, wv, wa, av
@@ -110,13 +88,13 @@ def _sums_of_row(w, v, a, size, ORDER: tl.constexpr, BLOCK: tl.constexpr):
 def _sums_of_blocks(parts, count, BLOCKS: tl.constexpr, ORDER: tl.constexpr, LONGEST: tl.constexpr):
     """The same from ``count`` blocks, which lie side by side for every product."""
     at = tl.arange(0, LONGEST)
-    ww = tl.sum(_load(parts, at, count, tl.float64))
+    ww = tl.sum(load(parts, at, count, tl.float64))
     wv, wa, av = ww, ww, ww
     if ORDER > 0:
-        wv = tl.sum(_load(parts + BLOCKS, at, count, tl.float64))
+        wv = tl.sum(load(parts + BLOCKS, at, count, tl.float64))
     if ORDER > 1:
-        wa = tl.sum(_load(parts + 2 * BLOCKS, at, count, tl.float64))
-        av = tl.sum(_load(parts + 3 * BLOCKS, at, count, tl.float64))
+        wa = tl.sum(load(parts + 2 * BLOCKS, at, count, tl.float64))
+        av = tl.sum(load(parts + 3 * BLOCKS, at, count, tl.float64))
     return ww, wv, wa, av
 
 
@@ -155,16 +133,16 @@ def _sum_blocks(
 ):
     """partials [T, PRODUCTS, BLOCKS]: inner products of every block of every layer."""
     program, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    layer = _layer_of(program, STARTS, LAYERS)
-    size = _choose(SIZES, layer, LAYERS)
-    row = tl.where(_choose(SHARED, layer, LAYERS) > 0, 0, task) * size
-    at = (program - _choose(STARTS, layer, LAYERS)) * BLOCK + tl.arange(0, BLOCK)
-    w = _choose(weights, layer, LAYERS) + row
+    layer = layer_of(program, STARTS, LAYERS)
+    size = choose(SIZES, layer, LAYERS)
+    row = tl.where(choose(SHARED, layer, LAYERS) > 0, 0, task) * size
+    at = (program - choose(STARTS, layer, LAYERS)) * BLOCK + tl.arange(0, BLOCK)
+    w = choose(weights, layer, LAYERS) + row
     v_row, a_row = w, w
     if ORDER > 0:
-        v_row = _choose(v, layer, LAYERS) + (row if NORMALIZE else task * size)
+        v_row = choose(v, layer, LAYERS) + (row if NORMALIZE else task * size)
     if ORDER > 1:
-        a_row = _choose(a, layer, LAYERS) + row
+        a_row = choose(a, layer, LAYERS) + row
     zero = tl.zeros((BLOCK,), tl.float64)
     ww, wv, wa, av = _add_products(w, v_row, a_row, at, size, zero, zero, zero, zero, ORDER)
     to = partials + task * (PRODUCTS * BLOCKS) + program
@@ -212,21 +190,21 @@ def _combine(
     """
     precision: tl.constexpr = tl.float64 if WIDE else tl.float32
     program, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    layer = _layer_of(program, STARTS, LAYERS)
-    size, start = _choose(SIZES, layer, LAYERS), _choose(STARTS, layer, LAYERS)
-    shared = _choose(SHARED, layer, LAYERS) > 0
+    layer = layer_of(program, STARTS, LAYERS)
+    size, start = choose(SIZES, layer, LAYERS), choose(STARTS, layer, LAYERS)
+    shared = choose(SHARED, layer, LAYERS) > 0
     row = tl.where(shared, 0, task)
     spread: tl.constexpr = not NORMALIZE  # a shared weight has results of every task
     size_here = size if spread and ORDER == 0 else tl.where(task == row, size, 0)  # of what this program may write
 
-    w = _choose(weights, layer, LAYERS) + row * size
-    to = _choose(out, layer, LAYERS) + (task if spread and ORDER == 0 else row) * size
+    w = choose(weights, layer, LAYERS) + row * size
+    to = choose(out, layer, LAYERS) + (task if spread and ORDER == 0 else row) * size
     v_rows, v_to, a_row = w, w, w
     if ORDER > 0:
-        v_rows = _choose(v, layer, LAYERS)
+        v_rows = choose(v, layer, LAYERS)
     if ORDER > 1:
-        v_to = _choose(v_bar, layer, LAYERS)
-        a_row = _choose(a, layer, LAYERS) + row * size
+        v_to = choose(v_bar, layer, LAYERS)
+        a_row = choose(a, layer, LAYERS) + row * size
 
     zero = tl.full((), 0.0, tl.float64)
     ww, wv, wa, av = zero, zero, zero, zero
@@ -262,16 +240,16 @@ def _combine(
             else:
                 v_row = (use if spread else row) * size
                 of_v = h if ORDER == 1 else m
-                total += of_v.to(precision) * _load(v_rows + v_row, at, size_here, precision)
+                total += of_v.to(precision) * load(v_rows + v_row, at, size_here, precision)
                 of_w += o if ORDER == 1 else k
             if ORDER > 1:
                 of_a += o
-                gradient = h.to(precision) * _load(a_row, at, size_here, precision)
-                gradient += (m * inverse).to(precision) * (_load(w, at, size_here, precision) * power)
+                gradient = h.to(precision) * load(a_row, at, size_here, precision)
+                gradient += (m * inverse).to(precision) * (load(w, at, size_here, precision) * power)
                 tl.store(v_to + v_row + at, gradient.to(v_to.dtype.element_ty), mask=at < size_here)
         if ORDER > 1:
-            total += of_a.to(precision) * _load(a_row, at, size_here, precision)
-        total += (of_w * inverse).to(precision) * (_load(w, at, size_here, precision) * power)
+            total += of_a.to(precision) * load(a_row, at, size_here, precision)
+        total += (of_w * inverse).to(precision) * (load(w, at, size_here, precision) * power)
         tl.store(to + at, total.to(to.dtype.element_ty), mask=at < size_here)
 
 
@@ -315,8 +293,8 @@ def combine(
     numbers = weights[0].new_empty((tasks, len(weights))) if tells else None
     lists = [[each.contiguous() for each in tensors] for tensors in (weights, v, a)]
     tables = [None if table is None else table.contiguous() for table in (factors, c, n)]
-    for first in range(0, len(weights), _LAYERS):
-        part = slice(first, first + _LAYERS)
+    for first in range(0, len(weights), LAYERS_AT_ONCE):
+        part = slice(first, first + LAYERS_AT_ONCE)
         columns = [None if table is None else table[:, part] for table in (*tables, numbers)]
         _launch([tuple(each[part]) for each in (*lists, out, v_bar)], columns, tasks, len(weights), order, spread)
     return Results(out, v_bar, numbers)
