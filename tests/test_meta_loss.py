@@ -61,7 +61,9 @@ def compare_with_oracle(config: Config, tasks: int = 2, tolerance: float = 1e-8,
     for field in ("loss", "query_logits", "support_losses", "query_losses", "accuracy"):
         actual, expected = getattr(ours, field), getattr(theirs, field)
         assert actual.shape == expected.shape, field
-        assert relative_error(actual, expected) < 1e-10 or not expected.numel(), field
+        # the loss of a task that is solved, log(1 + 2e-8), has the rounding of numbers near 1
+        is_close = relative_error(actual, expected) < 1e-10 or bool((actual - expected).abs().le(1e-15).all())
+        assert is_close, field
     expected_gradients = gradients(theirs.loss, learner.meta_parameters)
     for name, gradient in gradients(ours.loss, learner.meta_parameters).items():
         # a sum that cancels to nothing (a head bias under plain softmax, say) has no relative error

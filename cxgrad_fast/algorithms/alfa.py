@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cxgrad_fast import released
-from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, across, two_layers
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, across, moved, two_layers
 from cxgrad_fast.config import ALFAConfig
 from cxgrad_fast.models import OWN, Parameter, constant, own_linear
 
@@ -43,11 +44,12 @@ class ALFA(Algorithm):
         seen = [*weights.values(), *(gradients[name].detach() for name in weights)]
         means = torch.stack([tensor.flatten(1).mean(1) for tensor in seen], 1)
         alphas, betas = two_layers(shared, "generator", means).chunk(2, 1)
-        moved = {}
-        for name, alpha, beta in zip(weights, alphas.unbind(1), betas.unbind(1), strict=True):
-            rate = across(alpha * shared[f"rates.{name}"][k], weights[name])
-            decay = across(beta * shared[f"decays.{name}"][k], weights[name])
-            if self.config.random_init:
-                decay = decay * shared[f"decay_elements.{name}"]
-            moved[name] = (1 - decay) * weights[name] - rate * gradients[name]
-        return State(moved)
+        rates, decays = (torch.stack([shared[f"{kind}.{name}"][k] for name in weights]) for kind in ("rates", "decays"))
+        rates, decays = alphas * rates, betas * decays
+        if not self.config.random_init:
+            return State(moved(found, rates, factors=1 - decays))
+        kept = {}
+        for name, decay in zip(weights, decays.unbind(1), strict=True):
+            elements = across(decay, weights[name]) * shared[f"decay_elements.{name}"]
+            kept[name] = (1 - elements) * weights[name]
+        return State(moved(replace(found, weights=kept), rates))

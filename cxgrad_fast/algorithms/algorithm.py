@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cxgrad_fast import released
 from cxgrad_fast.config import Config
-from cxgrad_fast.kernels import PatchStatistics
+from cxgrad_fast.kernels import PatchStatistics, gradient_step
 from cxgrad_fast.models import NORM, OWN, Backbone, LayerStatistics, Network, Parameter, linear_head
 
 Tensors = dict[str, Tensor]
@@ -199,7 +199,7 @@ class Algorithm:
         """The gradients of the support loss in the fast weights."""
         points = dict(zip(state.fast, cut(list(state.fast.values()), graph), strict=True))
         net = self.network(replace(state, fast=points), k, shared, support)
-        losses = self.losses(self.scores(net, support), support.y)
+        losses = self.support_losses(net, support)
         return Found(state.fast, gradients_of(losses, points, graph), [losses])
 
     def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:
@@ -253,6 +253,13 @@ class Algorithm:
         """New values of parameters that are not trained, by name: what the last task leaves for the next."""
         return {}
 
+    def support_losses(self, net: Network, support: Support) -> Tensor:
+        """The loss ``[T]`` of each support set: :meth:`losses` of :meth:`scores`, of a linear head in one call."""
+        kind = type(self)
+        if kind.scores is Algorithm.scores and kind.losses is Algorithm.losses:
+            return net.linear_cross_entropy("head", self.backbone.maps(net, support.x), support.y)
+        return self.losses(self.scores(net, support), support.y)
+
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss of each task, ``[T]``: mean cross-entropy over its images."""
         return cross_entropy(scores, labels)
@@ -274,6 +281,11 @@ def cut(tensors: Sequence[Tensor], graph: bool) -> list[Tensor]:
     return [t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]
 
 
+def ones(losses: Tensor) -> Tensor:
+    """The cotangents of losses ``[T]`` whose sum is differentiated; a traced program makes them once."""
+    return torch.ones(losses.shape, dtype=losses.dtype, device=losses.device)
+
+
 def gradients_of(losses: Tensor, points: Mapping[str, Tensor], graph: bool, keep: bool = False) -> Tensors:
     """dL/dpoint of each task's loss ``[T]``, by name; zero where a loss does not depend on a point.
 
@@ -282,14 +294,21 @@ def gradients_of(losses: Tensor, points: Mapping[str, Tensor], graph: bool, keep
         keep: whether what the losses came from is differentiated again though the gradients are not.
     """
     found = torch.autograd.grad(
-        losses.sum(),
+        losses,
         list(points.values()),
+        ones(losses),
         create_graph=graph,
         retain_graph=graph or keep,
         allow_unused=True,
         materialize_grads=True,
     )
     return dict(zip(points, found, strict=True))
+
+
+def moved(found: Found, rates: float | Tensor, **numbers: Tensor | None) -> Tensors:
+    """The weights after one step of gradient descent; arguments: :func:`cxgrad_fast.kernels.gradient_step`."""
+    gradients = [found.gradients[name] for name in found.weights]
+    return dict(zip(found.weights, gradient_step([*found.weights.values()], gradients, rates, **numbers), strict=True))
 
 
 def linear(parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:

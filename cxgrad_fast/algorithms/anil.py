@@ -19,8 +19,10 @@ from cxgrad_fast.algorithms.algorithm import (
     cut,
     gradients_of,
     linear,
+    moved,
 )
 from cxgrad_fast.config import ANILConfig
+from cxgrad_fast.kernels import linear_cross_entropy
 from cxgrad_fast.models import HEAD, LayerStatistics, Parameter
 
 
@@ -55,13 +57,12 @@ class ANIL(Algorithm):
     def gradients(self, state: State, k: int, shared: Mapping[str, Tensor], support: Support, graph: bool) -> Found:
         features = state.carried["features"]
         points = dict(zip(state.fast, cut(list(state.fast.values()), graph), strict=True))
-        losses = self.losses(linear(points, "head", features if graph else features.detach()), support.y)
+        features = features if graph else features.detach()
+        losses, _ = linear_cross_entropy(features, points["head.weight"], points["head.bias"], support.y)
         return Found(state.fast, gradients_of(losses, points, graph), [losses])
 
     def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:
-        rate = self.config.learning_rate
-        moved = {name: weight - rate * found.gradients[name] for name, weight in state.fast.items()}
-        return State(moved, state.carried)
+        return State(moved(found, self.config.learning_rate), state.carried)
 
     def predict(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from cxgrad_fast import released
-from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Tensors, moved
 from cxgrad_fast.config import BOILConfig
 from cxgrad_fast.models import HEAD, OWN, Parameter
 
@@ -22,9 +23,9 @@ class BOIL(Algorithm):
         return parameter.role != OWN and (parameter.role != HEAD or self.config.head_learning_rate > 0)
 
     def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:
-        moved = {}
-        for name, weight in state.fast.items():
-            is_head = self.declared[name].role == HEAD
-            rate = self.config.head_learning_rate if is_head else self.config.learning_rate
-            moved[name] = weight - rate * found.gradients[name]
-        return State(moved)
+        fast: Tensors = {}
+        for rate, of_head in ((self.config.learning_rate, False), (self.config.head_learning_rate, True)):
+            part = {name: each for name, each in state.fast.items() if (self.declared[name].role == HEAD) == of_head}
+            if part:
+                fast |= moved(replace(found, weights=part), rate)
+        return State(fast)

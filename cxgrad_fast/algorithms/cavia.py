@@ -79,7 +79,7 @@ class CAVIA(Algorithm):
         (context,) = cut([state.carried["context"]], graph)
         others = shared if graph else {name: tensor.detach() for name, tensor in shared.items()}
         net = self.network(State({}, {"context": context}), k, others, support)
-        losses = self.losses(self.scores(net, support), support.y)
+        losses = self.support_losses(net, support)
         return Found({}, {}, [losses], gradients_of(losses, {"context": context}, graph))
 
     def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cxgrad_fast import released
-from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Support, Tensors, cut, gradients_of
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Support, Tensors, cut, gradients_of, moved, ones
 from cxgrad_fast.config import CxGradConfig
-from cxgrad_fast.kernels import normalize_weights, scale_weights
+from cxgrad_fast.kernels import normalize_weights, scale_weights, scaling_factors
 from cxgrad_fast.models import Parameter, own_linear
 
 # gamma / sqrt(eps), the slope of a layer's output in its normalised input, is then far below the last place of one
@@ -58,8 +58,8 @@ class CxGrad(Algorithm):
             trace.append(first)
 
         (context,) = cut([context], graph)
-        gammas = self._factors(context, shared)
-        weights, eps = self._scale(state.fast, gammas)
+        gammas, eps = self._factors(context, shared)
+        weights = self._scale(state.fast, gammas)
         values = weights if eps is None else {**weights, "eps": eps}
         points = dict(zip(values, cut(list(values.values()), graph), strict=True))
         at_points = {name: points[name] for name in weights}
@@ -78,19 +78,16 @@ class CxGrad(Algorithm):
         context = found.extra["context"]
         if "context_step" in found.extra:
             context = context - found.extra["context_step"]
-        gammas, rate = found.extra["gammas"], self.config.learning_rate
-        own: dict[str, tuple[Tensor, Tensor]] = {}
-        if self._exact:
-            # dL/d(scaled weight) is the unit weight's over gamma; in first order all of it is a constant
-            rates = rate / (gammas if graph else gammas.detach())
-            # one call for all layers, and one in each derivative, instead of a selection a layer
-            columns = [factor[..., None, None, None, None].unbind(1) for factor in (gammas, rates)]
-            own = dict(zip(self.backbone.scaled, zip(*columns, strict=True), strict=True))
-        moved = {}
-        for name, weight in found.weights.items():
-            gradient = found.gradients[name]
-            moved[name] = own[name][0] * weight - own[name][1] * gradient if name in own else weight - rate * gradient
-        return State(moved, {"context": context})
+        rate = self.config.learning_rate
+        if not self._exact:
+            return State(moved(found, rate), {"context": context})
+        # the scaled layers first, which have factors
+        names = [*self.backbone.scaled, *(name for name in found.weights if name not in self.backbone.scaled)]
+        found = replace(found, weights={name: found.weights[name] for name in names})
+        gammas = found.extra["gammas"]
+        # dL/d(scaled weight) is the unit weight's over gamma; in first order all of it is a constant
+        fast = moved(found, rate, factors=gammas, divisors=gammas if graph else gammas.detach())
+        return State({name: fast[name] for name in state.fast}, {"context": context})
 
     def _leave_zero(
         self, state: State, shared: Mapping[str, Tensor], support: Support, graph: bool
@@ -102,53 +99,47 @@ class CxGrad(Algorithm):
             weights = {name: weight.detach() for name, weight in weights.items()}
             shared = {name: parameter.detach() for name, parameter in shared.items()}
         context = state.carried["context"].detach().requires_grad_()
-        gammas = self._factors(context, shared)
-        weights, eps = self._scale(weights, gammas)
+        gammas, eps = self._factors(context, shared)
+        weights = self._scale(weights, gammas)
         carriers = [weights[name] for name in self.backbone.scaled] if eps is None else [eps]
         losses = self._support_losses(weights, eps, 0, shared, support)
-        gradients = torch.autograd.grad(losses.sum(), carriers, create_graph=graph)
+        gradients = torch.autograd.grad(losses, carriers, ones(losses), create_graph=graph)
         context = context - self._context_step(context, carriers, gradients, graph)
         return context if graph else context.detach(), losses
 
     def _support_losses(
         self, weights: Tensors, eps: Tensor | None, k: int, shared: Mapping[str, Tensor], support: Support
     ) -> Tensor:
-        """``[T]``, under weights and the norms' epsilon ``[T, L]`` that :meth:`_scale` gave."""
+        """``[T]``, under weights and the norms' epsilon ``[T, L]`` that :meth:`_factors` gave."""
         by_layer = None
         if eps is not None:
             names = (name.removesuffix(".weight") for name in self.backbone.scaled)
             by_layer = dict(zip(names, eps.unbind(1), strict=True))
         net = self.network(State(weights), k, shared, support, eps=by_layer)
-        return self.losses(self.scores(net, support), support.y)
+        return self.support_losses(net, support)
 
     @property
     def _exact(self) -> bool:
         return self.config.form == "exact"
 
-    def _factors(self, context: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-        """The scaling factors ``[T, L]``, in the exact form not below what its range allows.
+    def _factors(self, context: Tensor, shared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The scaling factors (Eq. 8), and in the exact form the epsilons of the norms behind them, ``[T, L]`` each.
 
-        A task may drive a layer's factor towards zero (seen: 4e-12), where the scaled network merely stops to depend on
-        it. ``eps / gamma**2`` and its two derivatives would overflow; from the least factor on the layer's output
-        is its norm's bias to less than rounding, and the gradient is the limit's.
+        Where there are epsilons they carry the loss's dependence on gamma, otherwise the scaled weights do. A task may
+        drive a layer's factor towards zero (seen: 4e-12), where the scaled network merely stops to depend on it.
+        ``eps / gamma**2`` and its two derivatives would overflow: the exact form has a least factor, from which on the
+        layer's output is its norm's bias to less than rounding, and the gradient is the limit's.
         """
-        gammas = scaling_factors(context, shared)
-        if not self._exact:
-            return gammas
-        return gammas + (_LEAST_FACTOR[gammas.dtype] - gammas.detach()).clamp_min(0)
+        scaler = [shared[f"scaler.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
+        least = _LEAST_FACTOR[context.dtype] if self._exact else 0.0
+        gammas, eps = scaling_factors(context, *scaler, norm_eps=self.model.norm_eps, least=least)
+        return gammas, eps if self._exact else None
 
-    def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> tuple[Tensors, Tensor | None]:
-        """IGS: the weights that the network runs on, and epsilon ``[T, L]`` of the norms behind the scaled ones.
-
-        Where there is an epsilon (exact form) it carries the loss's dependence on gamma, otherwise the scaled weights
-        do.
-        """
+    def _scale(self, weights: Mapping[str, Tensor], gammas: Tensor) -> Tensors:
+        """IGS: the weights that the network runs on, those of unit norm in the exact form."""
         scaled = [weights[name] for name in self.backbone.scaled]
-        if self._exact:
-            # not eps / gamma**2, whose derivative divides by the fourth power
-            used, eps = normalize_weights(scaled)[0], self.model.norm_eps * gammas.reciprocal().square()
-            return {**weights, **dict(zip(self.backbone.scaled, used, strict=True))}, eps
-        return {**weights, **dict(zip(self.backbone.scaled, scale_weights(scaled, gammas), strict=True))}, None
+        used = normalize_weights(scaled)[0] if self._exact else scale_weights(scaled, gammas)
+        return {**weights, **dict(zip(self.backbone.scaled, used, strict=True))}
 
     def _context_step(
         self, context: Tensor, carriers: Sequence[Tensor], gradients: Sequence[Tensor], graph: bool
@@ -159,9 +150,3 @@ class CxGrad(Algorithm):
         """
         (gradient,) = torch.autograd.grad(carriers, context, gradients, create_graph=graph, retain_graph=True)
         return self.config.context_learning_rate * gradient
-
-
-def scaling_factors(context: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """``g_phi``: context ``[T, D]`` -> scaling factors ``[T, L]``; linear, ReLU, linear, softplus (Eq. 8)."""
-    hidden = F.relu(F.linear(context, parameters["scaler.0.weight"], parameters["scaler.0.bias"]))
-    return F.softplus(F.linear(hidden, parameters["scaler.2.weight"], parameters["scaler.2.bias"]))

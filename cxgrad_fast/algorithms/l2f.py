@@ -36,7 +36,7 @@ class L2F(MAML):
         keeps = self.config.embedding_in_graph and any(weight.requires_grad for weight in fast.values())
         points = dict(zip(fast, cut(list(fast.values()), keeps), strict=True))
         others = shared if keeps else {name: tensor.detach() for name, tensor in shared.items()}
-        losses = self.losses(self.scores(self.network(State(points), 0, others, support), support), support.y)
+        losses = self.support_losses(self.network(State(points), 0, others, support), support)
         found = gradients_of(losses, points, keeps)
         embedding = torch.stack([gradient.flatten(1).mean(1) for gradient in found.values()], 1)
         gammas = two_layers(shared, "attenuator", embedding).sigmoid().unbind(1)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, moved
 
 
 class MAML(Algorithm):
     """``theta <- theta - alpha * dL/dtheta`` (paper, Eq. 2); norms are meta-learned, not adapted."""
 
     def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:
-        rate = self.config.learning_rate
-        return State({name: weight - rate * found.gradients[name] for name, weight in state.fast.items()})
+        return State(moved(found, self.config.learning_rate))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast import released
-from cxgrad_fast.algorithms.algorithm import Algorithm, Found, Images, Output, Phase, State, Support
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, Images, Output, Phase, State, Support, moved
 from cxgrad_fast.config import MAMLPPConfig
 from cxgrad_fast.models import NORM, OWN, LayerStatistics, Network, Parameter, constant
 
@@ -50,9 +50,7 @@ class MAMLPP(Algorithm):
         return super().network(state, k, {**shared, **norms}, images, eps=eps, given=given, collect=collect)
 
     def move(self, state: State, k: int, found: Found, shared: Mapping[str, Tensor], graph: bool) -> State:
-        return State(
-            {name: weight - shared[f"rates.{name}"][k] * found.gradients[name] for name, weight in state.fast.items()}
-        )
+        return State(moved(found, torch.stack([shared[f"rates.{name}"][k] for name in state.fast])[None]))
 
     def predict(
         self,

@@ -57,7 +57,7 @@ class ModGrad(Algorithm):
         self, fast: Tensors, shared: Mapping[str, Tensor], support: Support, graph: bool
     ) -> tuple[State, list[Tensor]]:
         points = dict(zip(fast, cut(list(fast.values()), graph), strict=True))
-        losses = self.losses(self.scores(self.network(State(points), 0, shared, support), support), support.y)
+        losses = self.support_losses(self.network(State(points), 0, shared, support), support)
         found = gradients_of(losses, points, graph)
         carried = {f"start.{name}": weight for name, weight in fast.items()}
         carried |= {f"gradient.{name}": gradient for name, gradient in found.items()}
@@ -70,7 +70,7 @@ class ModGrad(Algorithm):
         carried = state.carried
         (context,) = cut([carried["context"]], graph)
         weights = self._modulated(state, context, shared)
-        losses = self.losses(self.scores(self.network(State(weights), k, shared, support), support), support.y)
+        losses = self.support_losses(self.network(State(weights), k, shared, support), support)
         turn = {} if is_last else gradients_of(losses, {"context": context}, graph, keep=True)
         return Found(weights, {}, [losses], turn)
 

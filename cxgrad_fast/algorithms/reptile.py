@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cxgrad_fast import released
-from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Support, Tensors, across, cut, gradients_of
+from cxgrad_fast.algorithms.algorithm import Algorithm, Found, State, Support, Tensors, across, cut, gradients_of, moved
 from cxgrad_fast.config import ReptileConfig
 from cxgrad_fast.models import OWN, Parameter, constant
 
@@ -68,7 +68,7 @@ class Reptile(Algorithm):
         x = torch.take_along_dim(support.x, places[:, :, None, None, None], 1)
         batch = Support(x, self.images(x).patches, support.y.gather(1, places), support.ways)
         points = dict(zip(state.fast, cut(list(state.fast.values()), graph=False), strict=True))
-        losses = self.losses(self.scores(self.network(State(points), k, {}, batch), batch), batch.y)
+        losses = self.support_losses(self.network(State(points), k, {}, batch), batch)
         goal = losses * places.shape[1] if self.config.reduction == "sum" else losses
         return Found(state.fast, gradients_of(goal, points, graph=False), [losses])
 
@@ -76,7 +76,7 @@ class Reptile(Algorithm):
         config, gradients = self.config, found.gradients
         rate, beta = config.learning_rate, config.beta2
         if config.optimizer == "sgd":
-            return State({name: weight - rate * gradients[name] for name, weight in state.fast.items()})
+            return State(moved(found, rate))
         count = state.carried[COUNT] + 1
         rates = rate * (-torch.expm1(count * math.log(beta))).sqrt()  # 1 - beta^count without cancellation
         fast, carried = {}, {}

@@ -1,7 +1,8 @@
 """A function of tensors as one flat list of operator calls: what autograd and Python add to them is done once, traced.
 
-The list holds the very operators that the function calls, derivatives included: it gives the same bits. It is cut to
-what the results need and written as Python source, a line a call, each tensor dropped after its last use.
+The list holds the operators that the function calls, derivatives included, and :mod:`cxgrad_fast.engine.simplify` takes
+calls away without a change of bits. It is written as Python source, a line a call, each tensor dropped after its last
+use.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-Function = Callable[..., Sequence[Tensor]]
+from cxgrad_fast.engine.simplify import simplify
 
-_aten = torch.ops.aten
-_COPIES = (_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default)  # of values nobody writes to
+Function = Callable[..., Sequence[Tensor]]
 
 
 class Flat:
@@ -33,7 +33,7 @@ class Flat:
 
     def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
         module = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
-        _simplify(module.graph)
+        simplify(module.graph)
         writer = _Writer(module)
         self.source, self.calls = writer.source, writer.calls
         self._run = writer.compiled()
@@ -42,58 +42,6 @@ class Flat:
         """The function's results, none of which has a graph."""
         with torch._C._AutoDispatchBelowAutograd():  # whatever requires gradients: nothing of it is recorded
             return self._run(*inputs)
-
-
-def _simplify(graph: fx.Graph) -> None:
-    """Drop what no result needs, copies, views that undo each other, and calls that were made before.
-
-    Where the function writes into its tensors, only the first.
-    """
-    if any(_schema(node) is not None and _schema(node).is_mutable for node in graph.nodes):
-        graph.eliminate_dead_code()
-        return
-    for node in graph.nodes:
-        if node.target in _COPIES or _undoes(node):
-            source = node.args[0] if node.target in _COPIES else node.args[0].args[0]
-            node.replace_all_uses_with(source)
-    graph.eliminate_dead_code()
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or "rand" in str(node.target):
-            continue
-        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def _schema(node: fx.Node) -> Any:
-    return getattr(node.target, "_schema", None)
-
-
-def _undoes(node: fx.Node) -> bool:
-    """Whether the call takes back the view that its argument is."""
-    before = node.args[0] if node.args else None
-    if not isinstance(before, fx.Node) or before.op != "call_function":
-        return False
-    if node.target is _aten.squeeze.dim and before.target is _aten.unsqueeze.default:
-        rank = before.meta["val"].ndim
-        return node.args[1] % rank == before.args[1] % rank
-    if node.target is _aten.t.default:
-        return before.target is _aten.t.default
-    if node.target is _aten.transpose.int and before.target is _aten.transpose.int:
-        rank = before.meta["val"].ndim
-        return {axis % rank for axis in node.args[1:]} == {axis % rank for axis in before.args[1:]}
-    return False
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((name, _hashable(part)) for name, part in sorted(value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(_hashable(part) for part in value)
-    return (type(value), value)  # 1, 1.0 and True are different arguments
 
 
 class _Writer:

@@ -13,7 +13,7 @@ from cxgrad_fast.algorithms import Algorithm, Images, Phase, State, Support
 from cxgrad_fast.config import Config
 from cxgrad_fast.engine.recompute import recomputed
 from cxgrad_fast.episodes import Episodes
-from cxgrad_fast.models import NORM, OWN, LayerStatistics
+from cxgrad_fast.models import OWN, LayerStatistics
 
 Tensors = dict[str, Tensor]
 
@@ -261,7 +261,9 @@ class Engine:
         state, trace = self.algorithm.start(fast, shared, support, graph)
         step = self._recomputed_step if graph and self.config.run.recompute else self._step
         for k in range(steps):
-            state, losses = step(state, k, shared, support, graph)
+            # aliases: a step's gradients are added up before they join the others', recomputed or not
+            own = {name: each.view_as(each) if graph else each for name, each in shared.items()}
+            state, losses = step(state, k, own, support, graph)
             trace += losses
             after(k + 1, state)
         return state, [losses.detach() for losses in trace]
@@ -299,9 +301,7 @@ class Engine:
         shared = {}
         for name, declared in algorithm.declared.items():
             tensor = parameters[name]
-            if declared.role == NORM:
-                tensor = tensor[None]
-            elif declared.role != OWN:
+            if declared.role != OWN:
                 tensor = tensor.expand(tasks, *tensor.shape)
             if name not in fast:
                 shared[name] = tensor

@@ -1,7 +1,7 @@
 """``--compile``: functions of tensors as programs made once for a shape: flat ones on CPUs, CUDA graphs on devices.
 
-A program calls the operators that the function calls, in the same order: the same numbers, to the bit. What goes is
-Python, autograd's bookkeeping, and what no result needs.
+A program calls the operators that the function calls: the same numbers, to the bit. What goes is Python, autograd's
+bookkeeping, and what no result needs; on CPUs additions of gradients are joined (simplify.py).
 """
 
 from __future__ import annotations

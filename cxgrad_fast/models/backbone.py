@@ -32,6 +32,10 @@ class Backbone(ABC):
     def features(self, net: Network, x: Tensor) -> Tensor:
         """Images ``[T, S, C, H, W]`` -> features ``[T, S, D]``."""
 
+    def maps(self, net: Network, x: Tensor) -> Tensor:
+        """The features ``[T, S, ...]`` before they are flattened, where that saves a call."""
+        return self.features(net, x)
+
     @property
     def scaled(self) -> tuple[str, ...]:
         """Names of the convolution weights that CxGrad scales, in forward order; their number is ``L``."""

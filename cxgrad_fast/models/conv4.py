@@ -29,6 +29,9 @@ class Conv4(Backbone):
         self.width = channels * model.sizes_by_block()[-1] ** 2
 
     def features(self, net: Network, x: Tensor) -> Tensor:
+        return self.maps(net, x).flatten(2)
+
+    def maps(self, net: Network, x: Tensor) -> Tensor:
         for layer in range(DEPTH):
             x = net.block(f"features.{layer}", x, slope=self.model.slope, pool=True)
-        return x.permute(0, 1, 3, 4, 2).flatten(2) if self.model.channels_last else x.flatten(2)
+        return x.permute(0, 1, 3, 4, 2) if self.model.channels_last else x

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cxgrad_fast.config import ModelConfig
-from cxgrad_fast.kernels import PatchStatistics, conv_block
+from cxgrad_fast.kernels import PatchStatistics, conv_block, linear_cross_entropy
 
 LayerStatistics = tuple[Tensor, Tensor]  # mean and biased variance of a BatchNorm's input, [T, C] each
 Initial = Callable[[torch.Generator, tuple[int, ...]], Tensor]
@@ -130,9 +130,21 @@ class Network:
     def linear(self, name: str, x: Tensor) -> Tensor:
         """``x`` [T, S, D], weight [T, N, D] and bias [T, N] -> [T, S, N]."""
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        if name in self._beside:
-            x = torch.cat([x, self._beside[name][:, None].expand(-1, x.shape[1], -1)], 2)
-        return torch.baddbmm(bias[:, None], x, weight.mT)
+        return torch.baddbmm(bias[:, None], self._joined(name, x), weight.mT)
+
+    def linear_cross_entropy(self, name: str, x: Tensor, labels: Tensor) -> Tensor:
+        """The loss ``[T]`` of each task: mean cross-entropy of :meth:`linear` and ``labels`` [T, S].
+
+        ``x`` [T, S, ...]: all axes behind S are the features.
+        """
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return linear_cross_entropy(self._joined(name, x), weight, bias, labels)[0]
+
+    def _joined(self, name: str, x: Tensor) -> Tensor:
+        """Features ``[T, S, ...]`` and what joins them at a linear layer."""
+        if name not in self._beside:
+            return x
+        return torch.cat([x.flatten(2), self._beside[name][:, None].expand(-1, x.shape[1], -1)], 2)
 
     def own(self, name: str) -> Tensor:
         """A parameter of the algorithm's own, the same of all tasks."""

@@ -62,14 +62,16 @@ class Chain:
         slope = 1.0 if options["slope"] is None else options["slope"]  # LeakyReLU of slope 1 is no activation
         tasks, channels = weight.shape[:2]
         if not isinstance(eps, Tensor):
-            eps = x.new_full((tasks,), eps)
+            # not of x: a traced program makes it once for all blocks
+            eps = torch.full((tasks,), eps, dtype=x.dtype, device=x.device)
         mean, covariance = options["patch_statistics"] or (None, None)
-        g, b = scale.expand(tasks, channels), bias.expand(tasks, channels)
+        g, b = (each if len(each) == tasks else each.expand(tasks, channels) for each in (scale, bias))
         out, y, _, _, moments = (self.call or self.apply)(x, weight, g, b, eps, slope, pool, mean, covariance)
         if not pool and out.requires_grad and not torch.compiler.is_compiling():
             made_from = recipe_of(y) or y.detach()
             attach(out, Recipe(self.activation, (made_from, g.detach(), b.detach(), eps.detach(), moments, slope)))
-        return out, moments[:, 0].to(x.dtype), moments[:, 1].to(x.dtype)
+        mean, variance = moments.to(x.dtype).unbind(1)
+        return out, mean, variance
 
     def apply(self, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """The operator itself, with its derivatives."""
