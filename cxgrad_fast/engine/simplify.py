@@ -71,12 +71,12 @@ def _undoes(node: fx.Node, before: fx.Node) -> bool:
         return False
     if node.target is _aten.squeeze.dim and before.target is _aten.unsqueeze.default:
         rank = before.meta["val"].ndim
-        return bool(node.args[1] % rank == before.args[1] % rank)  # type: ignore[operator]
+        return bool(node.args[1] % rank == before.args[1] % rank)
     if node.target is _aten.t.default:
         return before.target is _aten.t.default
     if node.target is _aten.transpose.int and before.target is _aten.transpose.int:
         rank = before.meta["val"].ndim
-        return {axis % rank for axis in node.args[1:]} == {axis % rank for axis in before.args[1:]}  # type: ignore
+        return {axis % rank for axis in node.args[1:]} == {axis % rank for axis in before.args[1:]}
     if node.target is _aten.view.default and before.target is _aten.view.default:
         return _is_alike(_value(node), _value(before.args[0]))
     return False
@@ -90,11 +90,11 @@ def _sum_without_axes(graph: fx.Graph) -> None:
             continue
         if before.target is not _aten.sum.dim_IntList or len(before.args) != 3 or len(before.users) > 1:
             continue
-        source, axes, _ = before.args
+        axes: Any = before.args[1]
         kept = _value(before).shape
-        gone = {axis % len(kept) for axis in axes}  # type: ignore[union-attr]
-        if tuple(node.args[1]) == tuple(size for axis, size in enumerate(kept) if axis not in gone):  # type: ignore
-            node.target, node.args = before.target, (source, axes, False)
+        gone = {axis % len(kept) for axis in axes}
+        if tuple(_value(node).shape) == tuple(size for axis, size in enumerate(kept) if axis not in gone):
+            node.target, node.args = before.target, (before.args[0], axes, False)
 
 
 def _drop_repeated(graph: fx.Graph) -> None:

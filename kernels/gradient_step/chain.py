@@ -82,7 +82,7 @@ class Chain:
 
 def needs_of(
     weights: bool, gradients: bool, rates: Tensor | None, factors: Tensor | None, divisors: Tensor | None
-) -> tuple[bool, bool, bool, bool, bool]:
+) -> tuple[bool, ...]:
     """Which gradients are wanted, in the order of the backward's results."""
     numbers = (tensor is not None and tensor.requires_grad for tensor in (rates, factors, divisors))
     return (weights and factors is not None, gradients, *numbers)
@@ -125,8 +125,8 @@ class _Backward(torch.autograd.Function):
             lists_bar[0].append(_sum([(on_f, v)]))
             lists_bar[1].append(_sum([(c, v)]))
             lists_bar[2].append(v_bar)
-            q = _inner(b[k], v) if b else 0.0
             t = _inner(v, g)
+            q = _inner(b[k], v) if b else torch.zeros_like(t)
             columns[0].append(-q * inverse + (0.0 if on_d is None else t * on_d * inverse**2))
             if f is not None:
                 columns[1].append(_inner(a[k], v) if k < scaled else torch.zeros_like(f))

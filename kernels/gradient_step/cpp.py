@@ -36,12 +36,12 @@ def _fake_backward(
     v: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-    numbers = [
+    of_rates, of_factors, of_divisors = (
         weights[0].new_empty(0) if tensor is None or not need else _like([tensor])[0]
         for tensor, need in zip((rates, factors, divisors), needs[2:], strict=True)
-    ]
+    )
     scaled = _like(weights[: factors.shape[1]]) if needs[0] and factors is not None else []
-    return scaled, _like(gradients) if needs[1] else [], *numbers
+    return scaled, _like(gradients) if needs[1] else [], of_rates, of_factors, of_divisors
 
 
 @operator(fake=_fake)
