@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -119,6 +120,16 @@ def test_imports_run_one_way(path: Path) -> None:
     assert here in ALLOWED, f"new room '{here}': say what it may import"
     upward = imported_rooms(path) - ALLOWED[here] - {"config", "printable", "__version__"}
     assert not upward, f"{here} must not import {sorted(upward)}"
+
+
+def test_what_an_algorithm_takes_is_what_the_page_says() -> None:
+    """No file of the package names ANIL but those that docs/algorithms.md lists."""
+    page = (ROOT / "docs" / "algorithms.md").read_text().split("## Adding one")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    package = ROOT / "cxgrad_fast"
+    listed = {path for cell in cells for name in re.findall("`(.+?)`", cell) for path in package.glob(name)}
+    files = [path for path in package.rglob("*") if path.suffix in (".py", ".toml")]
+    assert listed == {path for path in files if re.search("anil", path.name + path.read_text(), re.IGNORECASE)}
 
 
 BENCH = ROOT / "bench"

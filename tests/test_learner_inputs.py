@@ -64,6 +64,12 @@ def _nested() -> torch.Tensor:
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
+def _quantized() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch will move them to another package
+        return torch.quantize_per_tensor(torch.ones(2, 5), 0.1, 0, torch.quint8)
+
+
 ODD = {
     "None": (None, "must be a torch tensor, got NoneType"),
     "list": ([1.0], "must be a torch tensor, got list"),
@@ -71,10 +77,7 @@ ODD = {
     "sparse": (torch.ones(2, 5).to_sparse(), "must be a dense tensor that has values, got a sparse_coo one"),
     "compressed": (torch.ones(2, 5, dtype=torch.int64), "must be a dense tensor that has values, got a sparse_csr one"),
     "meta": (torch.ones(2, 5, device="meta"), "must be a dense tensor that has values, got a meta one"),
-    "quantized": (
-        torch.quantize_per_tensor(torch.ones(2, 5), 0.1, 0, torch.quint8),
-        "must be a dense tensor that has values, got a quantized one",
-    ),
+    "quantized": (_quantized, "must be a dense tensor that has values, got a quantized one"),
     "nested": (_nested, "must be a dense tensor that has values, got a nested one"),
     "jagged": (
         lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
