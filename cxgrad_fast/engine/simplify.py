@@ -127,7 +127,6 @@ class _Sum:
     Attributes:
         terms: in the order in which they are added.
         node: the last addition.
-        users: of the result.
     """
 
     terms: list[fx.Node]

@@ -4,8 +4,7 @@ With cotangents v of the moved weights, s = <v, w> and t = <v, g> of a task and 
 
     w_bar = f v    g_bar = -(r / d) v    f_bar = s    d_bar = (r / d^2) t    r_bar = -t / d
 
-A step is differentiated once by a second-order meta-gradient, whose graph ends there: the second derivative is the
-definition's, of these formulas.
+A second-order meta-gradient differentiates a step once. The derivative of these formulas is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -36,46 +35,23 @@ class Chain:
     call: Kernel | None = None
     call_backward: Kernel | None = None
 
-    def step(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        rate: float,
-        rates: Tensor | None,
-        factors: Tensor | None,
-        divisors: Tensor | None,
-    ) -> list[Tensor]:
-        """As the definition."""
-        moved: list[Tensor] = (self.call or self.apply)(weights, gradients, rate, rates, factors, divisors)
+    def step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
+        """As the definition; ``numbers`` are (rate, rates, factors, divisors)."""
+        moved: list[Tensor] = (self.call or self.apply)(weights, gradients, *numbers)
         return moved
 
-    def apply(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        rate: float,
-        rates: Tensor | None,
-        factors: Tensor | None,
-        divisors: Tensor | None,
-    ) -> list[Tensor]:
+    def apply(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
         """The operator itself, with its derivatives."""
-        return list(_Forward.apply(self, len(weights), rate, rates, factors, divisors, *weights, *gradients))
+        return list(_Forward.apply(self, len(weights), *numbers, *weights, *gradients))
 
     def apply_backward(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        rate: float,
-        rates: Tensor | None,
-        factors: Tensor | None,
-        divisors: Tensor | None,
-        v: Sequence[Tensor],
-        needs: Sequence[bool],
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], *rest: Any
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-        """The first derivative, with its own."""
-        numbers = rate, rates, factors, divisors
+        """The first derivative, with its own; ``rest`` are the numbers, the cotangents and what is needed."""
+        *numbers, v, needs = rest
         found = _Backward.apply(self, len(weights), tuple(needs), *numbers, *weights, *gradients, *v)
         *lists, of_rates, of_factors, of_divisors = found
+        factors: Tensor | None = numbers[2]
         scaled = factors.shape[1] if needs[0] and factors is not None else 0
         return lists[:scaled], lists[scaled:], of_rates, of_factors, of_divisors
 

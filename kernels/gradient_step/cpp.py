@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,31 +16,19 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
 
 
-def _fake(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    rate: float,
-    rates: Tensor | None,
-    factors: Tensor | None,
-    divisors: Tensor | None,
-) -> list[Tensor]:
+def _fake(weights: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return _like(weights)
 
 
 def _fake_backward(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    rate: float,
-    rates: Tensor | None,
-    factors: Tensor | None,
-    divisors: Tensor | None,
-    v: Sequence[Tensor],
-    needs: Sequence[bool],
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], rate: float, *rest: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    *tables, _, needs = rest
     of_rates, of_factors, of_divisors = (
-        weights[0].new_empty(0) if tensor is None or not need else _like([tensor])[0]
-        for tensor, need in zip((rates, factors, divisors), needs[2:], strict=True)
+        weights[0].new_empty(0) if table is None or not need else _like([table])[0]
+        for table, need in zip(tables, needs[2:], strict=True)
     )
+    factors: Tensor | None = tables[1]
     scaled = _like(weights[: factors.shape[1]]) if needs[0] and factors is not None else []
     return scaled, _like(gradients) if needs[1] else [], of_rates, of_factors, of_divisors
 

@@ -222,15 +222,9 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
 
 
-def _forward(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    rate: float,
-    rates: Tensor | None,
-    factors: Tensor | None,
-    divisors: Tensor | None,
-) -> list[Tensor]:
+def _forward(weights: Sequence[Tensor], gradients: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
     out = _like(weights)
+    rate, rates, factors, divisors = numbers
     _launch(weights, gradients, rate, rates, factors, divisors, None, out, [], [None] * 3)
     return out
 
@@ -261,14 +255,7 @@ def _backward(
 chain = Chain(forward=_forward, backward=_backward)
 
 
-def gradient_step(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    rate: float,
-    rates: Tensor | None,
-    factors: Tensor | None,
-    divisors: Tensor | None,
-) -> list[Tensor]:
+def gradient_step(weights: Sequence[Tensor], gradients: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
     """The moved weights; see :func:`cxgrad_fast.kernels.gradient_step`. No task is left to the definition."""
     step = chain.step if len(weights[0]) else reference.gradient_step
-    return step(weights, gradients, rate, rates, factors, divisors)
+    return step(weights, gradients, *numbers)
